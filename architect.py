@@ -1,0 +1,110 @@
+"""The architecture step: Adam on alphas and betas with the first- or second-order gradient (DARTS, section 2.3)."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+class Architect:
+    """Updates the alphas and betas of `model` on validation batches.
+
+    model: has arch_parameters(), parameters() and _loss(input, target).
+    args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay.
+    """
+
+    def __init__(self, model, args):
+        self.model = model
+        self.momentum, self.weight_decay = args.momentum, args.weight_decay
+        self.optimizer = torch.optim.Adam(
+            model.arch_parameters(),
+            lr=args.arch_learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=args.arch_weight_decay,
+        )
+
+    def step(
+        self, input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
+    ):
+        """One Adam step on alphas and betas; the arguments are those of `backward`."""
+        self.backward(
+            input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
+        )
+        self.optimizer.step()
+
+    def backward(
+        self, input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
+    ):
+        """Leaves the gradient of the validation loss in `.grad` of alphas and betas.
+
+        input: (N, 3, H, W), target: (N,). unrolled: the second-order gradient, which looks one SGD step
+        ahead: eta is the learning rate of that step, network_optimizer has its momentum buffers.
+        """
+        if unrolled:
+            batches = (input_train, target_train), (input_valid, target_valid)
+            gradient = self._unrolled_gradient(*batches, eta, network_optimizer)
+        else:
+            gradient = self._gradient(self.model.arch_parameters(), input_valid, target_valid)
+        for parameter, value in zip(self.model.arch_parameters(), gradient, strict=True):
+            parameter.grad = value
+
+    def _gradient(self, parameters, input, target):
+        """The gradient with respect to `parameters` alone: no other is computed."""
+        loss = self.model._loss(input, target)
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    def _unrolled_gradient(self, train, valid, eta, network_optimizer):
+        """grad_alpha L_val(w', alpha) at w' = w - eta * (momentum and weight decay included) (eq. 7).
+
+        Its second term is a Hessian-vector product, taken by a central difference (eq. 8).
+        """
+        arch = self.model.arch_parameters()
+        weights = self._weights()
+        w = [weight.detach().clone() for weight in weights]
+        gradient = self._gradient(weights, *train)
+        ahead = []  # w'
+        for weight, value, g in zip(weights, w, gradient, strict=True):
+            buffer = network_optimizer.state[weight].get("momentum_buffer")
+            moment = 0 if buffer is None else self.momentum * buffer
+            ahead.append(value - eta * (moment + g + self.weight_decay * value))
+
+        with self._moved(weights, ahead, w), self._buffers_kept():
+            gradient = self._gradient([*arch, *weights], *valid)
+        at_ahead, v = gradient[: len(arch)], gradient[len(arch) :]
+
+        R = 0.01 / torch.stack([g.norm() for g in v]).norm()
+        sides = []
+        for sign in (1, -1):
+            there = [value + sign * R * g for value, g in zip(w, v, strict=True)]
+            with self._moved(weights, there, w):
+                sides.append(self._gradient(arch, *train))
+        return [
+            g - eta * (plus - minus) / (2 * R)
+            for g, plus, minus in zip(at_ahead, *sides, strict=True)
+        ]
+
+    def _weights(self):
+        arch = {id(parameter) for parameter in self.model.arch_parameters()}
+        return [weight for weight in self.model.parameters() if id(weight) not in arch]
+
+    @contextmanager
+    def _moved(self, weights, there, back):
+        """The model with its weights at `there`; afterwards they are copied from `back`, bit for bit."""
+        try:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, there)
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, back)
+
+    @contextmanager
+    def _buffers_kept(self):
+        """Running statistics that a pass through the unrolled weights does not touch."""
+        arch = {id(parameter) for parameter in self.model.arch_parameters()}
+        buffers = [buffer for buffer in self.model.buffers() if id(buffer) not in arch]
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, kept)

@@ -1,0 +1,117 @@
+"""The loops, each once: search an epoch, train an epoch, evaluate."""
+
+import copy
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from utils import AverageMeter, UserError, accuracy, peak_memory
+
+
+class Figures:
+    """Loss, top-1 and top-5 of an epoch, and its speed; shows them as it goes."""
+
+    def __init__(self, name, loader, report_freq, log):
+        self.loss, self.top1, self.top5 = AverageMeter(), AverageMeter(), AverageMeter()
+        self.name, self.report_freq, self.log = name, report_freq, log
+        self.start = time.perf_counter()
+        # A bar with the time left on a terminal, plain lines elsewhere.
+        self.bar = tqdm(loader, desc=name, leave=False, disable=None, dynamic_ncols=True)
+
+    def steps(self):
+        """(x, y) of each step; in between the figures are shown every `report_freq` steps."""
+        for step, batch in enumerate(self.bar):
+            yield batch
+            if step % self.report_freq == 0:
+                shown = f"loss {self.loss.avg:.4f}, top-1 {self.top1.avg:.2f} %"
+                if self.bar.disable:
+                    self.log.info("%s step %d of %d: %s", self.name, step, len(self.bar), shown)
+                else:
+                    self.bar.set_postfix_str(shown)
+
+    def update(self, loss, logits, y):
+        top1, top5 = accuracy(logits.detach(), y, topk=(1, 5))
+        for meter, value in ((self.loss, loss), (self.top1, top1), (self.top5, top5)):
+            meter.update(value, len(y))
+
+    def result(self, device):
+        loss, images = self.loss.avg, self.loss.cnt  # reading waits for the device
+        seconds = time.perf_counter() - self.start
+        return {
+            "loss": loss,
+            "top1": self.top1.avg,
+            "top5": self.top5.avg,
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "memory_mib": peak_memory(device),
+        }
+
+
+def search_epoch(
+    loader, valid_batches, model, criterion, architect, optimizer, args, frozen, log
+):
+    """One epoch of bilevel search (algorithm 1 of DARTS): an architecture step, then a weight step.
+
+    valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
+    frozen. args: unrolled, grad_clip, report_freq. Returns the training figures as a dict.
+    """
+    model.train()
+    weights = model.weights()
+    figures = Figures("search", loader, args.report_freq, log)
+    for x, y in figures.steps():
+        if not frozen:
+            eta = optimizer.param_groups[0]["lr"]
+            architect.step(x, y, *next(valid_batches), eta, optimizer, unrolled=args.unrolled)
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = criterion(logits, y)
+        loss.backward(inputs=weights)  # none for alphas and betas
+        nn.utils.clip_grad_norm_(weights, args.grad_clip)
+        optimizer.step()
+        figures.update(loss, logits, y)
+    return finite(figures.result(loader.device))
+
+
+def train_epoch(loader, model, criterion, optimizer, args, log):
+    """One epoch of a discrete network; args: auxiliary, auxiliary_weight, grad_clip, report_freq."""
+    model.train()
+    figures = Figures("train", loader, args.report_freq, log)
+    for x, y in figures.steps():
+        optimizer.zero_grad()
+        logits, logits_aux = model(x)
+        loss = criterion(logits, y)
+        total = loss
+        if args.auxiliary:
+            total = loss + args.auxiliary_weight * criterion(logits_aux, y)
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        figures.update(total, logits, y)
+    return finite(figures.result(loader.device))
+
+
+@torch.no_grad()
+def evaluate(loader, model, criterion, args, log):
+    """Loss, top-1 and top-5 (%) over `loader`, of a supernet or a discrete network."""
+    model.eval()
+    figures = Figures("evaluate", loader, args.report_freq, log)
+    for x, y in figures.steps():
+        logits = model(x)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        figures.update(criterion(logits, y), logits, y)
+    return figures.result(loader.device)
+
+
+def check_size(model, size):
+    """Raises ValueError where `model` cannot train on images of size x size; computes nothing."""
+    on_paper = copy.deepcopy(model).to("meta").train()
+    on_paper(torch.empty(2, 3, size, size, device="meta"))
+
+
+def finite(figures):
+    """The figures; raises UserError where the loss is NaN or infinite."""
+    if not abs(figures["loss"]) < float("inf"):
+        raise UserError(f"the training loss is {figures['loss']}: lower --learning_rate")
+    return figures

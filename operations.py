@@ -1,0 +1,148 @@
+"""The candidate operations of a cell and the blocks that cells are made of (DARTS, section 2.1 and appendix A.1.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# name -> module that maps (N, C, H, W) to (N, C, H / stride, W / stride). An op added here is at once
+# a name for genotypes; added to genotypes.PRIMITIVES too, it is searched.
+OPS = {
+    "none": lambda C, stride, affine: Zero(stride),
+    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(
+        3, stride=stride, padding=1, count_include_pad=False
+    ),
+    "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride=stride, padding=1),
+    "skip_connect": lambda C, stride, affine: (
+        Identity() if stride == 1 else FactorizedReduce(C, C, affine=affine)
+    ),
+    "sep_conv_3x3": lambda C, stride, affine: SepConv(C, C, 3, stride, 1, affine=affine),
+    "sep_conv_5x5": lambda C, stride, affine: SepConv(C, C, 5, stride, 2, affine=affine),
+    "sep_conv_7x7": lambda C, stride, affine: SepConv(C, C, 7, stride, 3, affine=affine),
+    "dil_conv_3x3": lambda C, stride, affine: DilConv(C, C, 3, stride, 2, 2, affine=affine),
+    "dil_conv_5x5": lambda C, stride, affine: DilConv(C, C, 5, stride, 4, 2, affine=affine),
+    "conv_7x1_1x7": lambda C, stride, affine: nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(C, C, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
+        nn.Conv2d(C, C, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
+        nn.BatchNorm2d(C, affine=affine),
+    ),
+}
+
+
+class ReLUConvBN(nn.Module):
+    """ReLU, convolution, batch norm: the preprocess of a cell's inputs where the sizes agree."""
+
+    def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(C_in, C_out, kernel_size, stride=stride, padding=padding, bias=False),
+            nn.BatchNorm2d(C_out, affine=affine),
+        )
+
+    def forward(self, x):
+        return self.after_relu(F.relu(x))
+
+    def after_relu(self, x):
+        """The same on an input that is ReLU'd already, as a cell's is for both of its readers."""
+        return self.op[2](self.op[1](x))
+
+
+class DilConv(nn.Module):
+    """Dilated depthwise-separable convolution: ReLU, depthwise k x k (dilated), 1x1, batch norm."""
+
+    def __init__(self, C_in, C_out, kernel_size, stride, padding, dilation, affine=True):
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(
+                C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False
+            ),
+            nn.Conv2d(C_in, C_out, 1, bias=False),
+            nn.BatchNorm2d(C_out, affine=affine),
+        )
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class SepConv(nn.Module):
+    """Depthwise-separable convolution, applied twice; the first has the stride."""
+
+    def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, groups=C_in, bias=False),
+            nn.Conv2d(C_in, C_in, 1, bias=False),
+            nn.BatchNorm2d(C_in, affine=affine),
+            nn.ReLU(),
+            nn.Conv2d(C_in, C_in, kernel_size, 1, padding, groups=C_in, bias=False),
+            nn.Conv2d(C_in, C_out, 1, bias=False),
+            nn.BatchNorm2d(C_out, affine=affine),
+        )
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Identity(nn.Module):
+    """skip_connect at stride 1; drop path leaves its output alone."""
+
+    def forward(self, x):
+        return x
+
+
+class Zero(nn.Module):
+    """none: zeros of the size that the stride gives."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return x[:, :, :: self.stride, :: self.stride].mul(0.0)
+
+
+class FactorizedReduce(nn.Module):
+    """Halves height and width: two stride-2 1x1 convolutions, the second on x[:, :, 1:, 1:].
+
+    Raises ValueError where C_out, or the height or width of an input, is odd.
+    """
+
+    def __init__(self, C_in, C_out, affine=True):
+        super().__init__()
+        if C_out % 2:
+            raise ValueError(f"FactorizedReduce makes two halves: C_out={C_out} must be even")
+        self.relu = nn.ReLU()
+        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(C_out, affine=affine)
+
+    def forward(self, x):
+        return self.after_relu(self.relu(x))
+
+    def after_relu(self, x):
+        """The same on an input that is ReLU'd already."""
+        kernel = factorized_kernel(self.conv_1.weight, self.conv_2.weight)
+        return self.bn(halve(x, kernel))
+
+
+def factorized_kernel(first, second):
+    """Both convolutions of a FactorizedReduce, (..., C/2, C_in, 1, 1), as one 2x2 kernel (..., C, C_in, 2, 2)."""
+    return torch.cat([F.pad(first, (0, 1, 0, 1)), F.pad(second, (1, 0, 1, 0))], dim=-4)
+
+
+def halve(x, kernel):
+    """x (N, C_in, H, W) through a factorized kernel (C, C_in, 2, 2): (N, C, H / 2, W / 2)."""
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        size = f"{x.shape[2]} x {x.shape[3]}"
+        raise ValueError(f"a map of {size} cannot be halved: give images whose maps stay even")
+    return F.conv2d(x, kernel, stride=2)
+
+
+def without_module_prefix(state_dict):
+    """The state dict as a network saves it that is not wrapped in DataParallel."""
+    prefix = "module."
+    wrapped = bool(state_dict) and all(name.startswith(prefix) for name in state_dict)
+    return {name.removeprefix(prefix) if wrapped else name: state_dict[name] for name in state_dict}

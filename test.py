@@ -1,0 +1,78 @@
+"""Score a trained discrete network on the test images: top-1, top-5, loss.
+
+    python test.py --model_path eval-EXP-20260101-120000              # the weights of a run's last epoch
+    python test.py --model_path eval-EXP-20260101-120000/checkpoint.pt
+    python test.py --model_path weights.pt --arch PC_DARTS_cifar      # weights from elsewhere
+
+Beside a run's weights lie its genotype and its flags: those given here count instead.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+import data
+import engine
+import genotypes
+import utils
+from model import NetworkCIFAR
+from operations import OPS
+
+
+def get_args():
+    parser = utils.Parser(__doc__.split("\n")[0])
+    utils.add_common_arguments(parser, batch_size=96)
+    add = parser.add_argument
+    add("--model_path", required=True, help="run folder, checkpoint or weights file")
+    add("--arch", help="name, genotype.json, run folder or text; None: what lies beside the weights")
+    add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
+    add("--layers", type=utils.count, default=20, help="cells")
+    add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
+    # The flags of the run are the defaults of this one.
+    given = parser.parse_args()
+    run = utils.read_args(run_folder(given)).get("args", {})
+    parser.set_defaults(**{name: run[name] for name in INHERITED if name in run})
+    return parser.parse_args()
+
+
+INHERITED = ("data", "set", "input_size", "init_channels", "layers", "auxiliary")
+
+
+def run_folder(args):
+    path = Path(args.model_path)
+    return path if path.is_dir() else path.parent
+
+
+def main(args):
+    folder, path = run_folder(args), Path(args.model_path)
+    about = utils.read_args(folder)
+    if about.get("script") == "train_search" and path.is_dir():
+        raise utils.UserError(f"{path} is a search: train its cell, python train.py --arch {path}")
+    if path.is_dir():
+        path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
+    state = utils.load(path)
+    with utils.user_errors(genotypes.GenotypeError):
+        genotype = genotypes.load(args.arch or folder, OPS)
+    device = utils.choose_device(args)
+    log = utils.start_log()
+    log.info(utils.describe(device))
+    dataset = data.load(args.set, args.data, args.input_size)
+    if "mean" in about:  # the network learned on images normalized so
+        dataset = dataset._replace(mean=about["mean"], std=about["std"])
+    test = data.Batches(
+        dataset.test, dataset, min(args.batch_size, len(dataset.test.labels)), device
+    )
+    with utils.user_errors(ValueError):
+        model = NetworkCIFAR(
+            args.init_channels, len(dataset.classes), args.layers, args.auxiliary, genotype
+        )
+    utils.load_weights(model, state, path)
+    figures = engine.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)
+    print(
+        f"{path}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, "
+        f"loss {figures['loss']:.4f} on {len(dataset.test.labels)} test images"
+    )
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)

@@ -1,0 +1,174 @@
+"""The candidate operations and their blocks, against the formulas written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from operations import (
+    OPS,
+    DilConv,
+    FactorizedReduce,
+    Identity,
+    ReLUConvBN,
+    SepConv,
+    factorized_kernel,
+    halve,
+    without_module_prefix,
+)
+
+NAMES = (
+    "none avg_pool_3x3 max_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 sep_conv_7x7 "
+    "dil_conv_3x3 dil_conv_5x5 conv_7x1_1x7"
+).split()
+CONVS = {f"sep_conv_{size}x{size}": (SepConv, size) for size in (3, 5, 7)}
+CONVS |= {f"dil_conv_{size}x{size}": (DilConv, size) for size in (3, 5)}
+
+
+@pytest.fixture
+def x():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 4, 8, 6, generator=generator, dtype=torch.float64)
+
+
+def norm(y):
+    """Batch norm in training mode, no affine part."""
+    mean = y.mean((0, 2, 3), keepdim=True)
+    variance = ((y - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    return (y - mean) / (variance + 1e-5).sqrt()
+
+
+def separable(y, depthwise, pointwise, stride, padding, dilation):
+    """A depthwise convolution channel by channel, then a 1x1 convolution as a matrix product."""
+    channels = [
+        F.conv2d(y[:, c : c + 1], depthwise.weight[c : c + 1], None, stride, padding, dilation)
+        for c in range(y.shape[1])
+    ]
+    return torch.einsum("oi,nihw->nohw", pointwise.weight[:, :, 0, 0], torch.cat(channels, 1))
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_names():
+    assert set(OPS) == set(NAMES)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes(name, stride, x):
+    op = OPS[name](4, stride, False).double()
+    assert op(x).shape == (3, 4, 8 // stride, 6 // stride)
+    if name != "skip_connect":  # it needs even maps
+        odd = OPS[name](4, stride, False).double()(x[:, :, :7, :5])
+        assert odd.shape == (3, 4, -(-7 // stride), -(-5 // stride))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_affine_concerns_batch_norm_alone_and_no_convolution_has_a_bias(name, stride):
+    plain, affine = OPS[name](4, stride, False), OPS[name](4, stride, True)
+    norms = [m for m in affine.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(p.dim() == 4 for p in plain.parameters())
+    assert sum(p.dim() == 1 for p in affine.parameters()) == 2 * len(norms)
+    expected = {"sep": 2, "dil": 1, "conv": 1, "skip": stride - 1}.get(name.split("_")[0], 0)
+    assert len(norms) == expected
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", CONVS)
+def test_separable_convolutions(name, stride, x):
+    kind, size = CONVS[name]
+    op = OPS[name](4, stride, False).double()
+    assert type(op) is kind
+    dilation = 2 if kind is DilConv else 1
+    padding = dilation * (size - 1) // 2
+    y = norm(separable(x.relu(), op.op[1], op.op[2], stride, padding, dilation))
+    assert op.op[1].weight.shape == (4, 1, size, size)
+    if kind is SepConv:
+        y = norm(separable(y.relu(), op.op[5], op.op[6], 1, padding, 1))
+    same(op(x), y)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_7x1_1x7(stride, x):
+    op = OPS["conv_7x1_1x7"](4, stride, False).double()
+    wide, high = op[1].weight, op[2].weight
+    assert wide.shape == (4, 4, 1, 7) and high.shape == (4, 4, 7, 1)
+    y = F.conv2d(x.relu(), torch.einsum("omy,mix->oiyx", high[..., 0], wide[:, :, 0]), padding=3)
+    same(op(x), norm(y[:, :, ::stride, ::stride]))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_take_the_maximum_and_the_mean_of_what_lies_in_the_image(stride, x):
+    highest, mean = (
+        OPS["max_pool_3x3"](4, stride, False)(x),
+        OPS["avg_pool_3x3"](4, stride, False)(x),
+    )
+    for i, top in enumerate(range(0, 8, stride)):
+        for j, left in enumerate(range(0, 6, stride)):
+            window = x[:, :, max(0, top - 1) : top + 2, max(0, left - 1) : left + 2]
+            same(highest[:, :, i, j], window.amax((2, 3)))
+            same(mean[:, :, i, j], window.mean((2, 3)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_none_is_zeros(stride, x):
+    x.requires_grad_()
+    y = OPS["none"](4, stride, False)(x)
+    y.sum().backward()
+    assert y.shape == (3, 4, 8 // stride, 6 // stride) and not y.any() and not x.grad.any()
+
+
+def test_skip_connect(x):
+    kept, halved = OPS["skip_connect"](4, 1, False), OPS["skip_connect"](4, 2, False)
+    assert type(kept) is Identity and kept(x) is x
+    assert type(halved) is FactorizedReduce
+
+
+def test_factorized_reduce_is_two_convolutions_one_shifted_by_a_pixel(x):
+    op = FactorizedReduce(4, 6, affine=False).double()
+    first, second = op.conv_1.weight, op.conv_2.weight
+    assert first.shape == second.shape == (3, 4, 1, 1)
+    at = x.relu()
+    halves = [F.conv2d(at, first, stride=2), F.conv2d(at[:, :, 1:, 1:], second, stride=2)]
+    same(op(x), norm(torch.cat(halves, 1)))
+    same(op.after_relu(at), norm(torch.cat(halves, 1)))
+    same(halve(at, factorized_kernel(first, second)), torch.cat(halves, 1))
+
+
+def test_factorized_kernel_of_stacked_weights_is_the_stack_of_kernels():
+    first, second = torch.randn(5, 3, 4, 1, 1), torch.randn(5, 3, 4, 1, 1)
+    pairs = zip(first, second, strict=True)
+    each = torch.stack([factorized_kernel(a, b) for a, b in pairs])
+    assert torch.equal(factorized_kernel(first, second), each)
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 7)])
+def test_factorized_reduce_refuses_odd_maps(size):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}") as info:
+        FactorizedReduce(4, 4)(torch.zeros(2, 4, *size))
+    assert str(info.value).isprintable()
+
+
+def test_factorized_reduce_refuses_odd_channels():
+    with pytest.raises(ValueError, match="C_out=5") as info:
+        FactorizedReduce(4, 5)
+    assert str(info.value).isprintable()
+
+
+def test_relu_conv_bn(x):
+    op = ReLUConvBN(4, 5, 1, 1, 0, affine=False).double()
+    y = norm(torch.einsum("oi,nihw->nohw", op.op[1].weight[:, :, 0, 0], x.relu()))
+    same(op(x), y)
+    same(op.after_relu(x.relu()), y)
+    assert ReLUConvBN(4, 5, 1, 1, 0).op[2].affine
+
+
+def test_without_module_prefix():
+    state = {"module.a": 1, "module.module.b": 2}
+    assert without_module_prefix(state) == {"a": 1, "module.b": 2}
+    assert without_module_prefix({"a": 1, "module.b": 2}) == {"a": 1, "module.b": 2}
+    assert without_module_prefix({}) == {}
+    assert len(state) == 2

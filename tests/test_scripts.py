@@ -1,0 +1,288 @@
+"""The scripts as people run them: as processes on tiny data, and with input that is wrong."""
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import genotypes
+import utils
+
+ROOT = Path(__file__).parents[1]
+TINY_SEARCH = "--set digits --epochs 2 --begin 1 --batch_size 128 --init_channels 8 --layers 3"
+TINY_TRAIN = "--set digits --epochs 2 --init_channels 4 --layers 3 --batch_size 256"
+
+
+def run(command, cwd):
+    """The finished process of a command that must succeed."""
+    script, *flags = command.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A tiny search, the training of its cell, and the score of that: (folder, their outputs)."""
+    cwd = tmp_path_factory.mktemp("runs")
+    search = run(f"train_search.py {TINY_SEARCH} --save tiny", cwd)
+    folder = next(cwd.glob("search-tiny-*"))
+    train = run(f"train.py --arch {folder} {TINY_TRAIN} --save tiny", cwd)
+    trained = next(cwd.glob("eval-tiny-*"))
+    test = run(f"test.py --model_path {trained}", cwd)
+    return folder, trained, search.stdout, train.stdout, test.stdout
+
+
+def test_search_writes_its_run_folder(runs):
+    folder, _, _, _, _ = runs
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "args.json", "log.txt", "metrics.csv", "genotypes.jsonl", "checkpoint.pt",
+        "weights.pt", "genotype.json",
+    }  # fmt: skip
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [row["frozen"] for row in rows] == ["1", "0"]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0.1, 0.05])
+    lines = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
+    last = genotypes.from_json(json.dumps(lines[-1]))
+    assert last == genotypes.load(str(folder))  # the genotype after the last update
+    about = json.loads((folder / "args.json").read_text())
+    assert about["args"]["layers"] == 3 and about["script"] == "train_search"
+
+
+def test_search_says_what_a_user_wants_to_know(runs):
+    folder, _, out, _, _ = runs
+    epochs = [line for line in out.splitlines() if " epoch " in line]
+    assert len(epochs) == 2
+    for word in ("lr 0.1", "train loss", "top-1", "images/s", " s, ", "peak memory", "skip_connects"):
+        assert word in epochs[0]
+    assert "frozen" in epochs[0] and "frozen" not in epochs[1]
+    assert "not the final accuracy" in out
+    assert "running on the CPU" in out or "device cuda" in out or "device mps" in out
+    printed = [line for line in out.splitlines() if "genotype = " in line][-1]
+    assert genotypes.parse(printed) == genotypes.load(str(folder))
+    assert f"python train.py --arch {folder.name} --set digits" in out
+
+
+def test_frozen_epochs_leave_alphas_and_betas_alone(tmp_path):
+    run(f"train_search.py {TINY_SEARCH} --epochs 1 --save a --begin 1", tmp_path)
+    run(f"train_search.py {TINY_SEARCH} --epochs 1 --save b --begin 0", tmp_path)
+    frozen, moved = (
+        torch.load(next(tmp_path.glob(f"search-{name}-*")) / "weights.pt", weights_only=True)
+        for name in "ab"
+    )
+    assert frozen["alphas_normal"].abs().max() < 6e-3  # 1e-3 * N(0, 1)
+    assert not torch.equal(frozen["alphas_normal"], moved["alphas_normal"])
+    # Adam's first steps are of the size of its rate: 6 steps of 6e-4.
+    assert (moved["alphas_normal"] - frozen["alphas_normal"]).abs().max() < 6 * 6.1e-4
+
+
+def test_training_ends_with_the_last_epoch_s_accuracy(runs):
+    _, trained, _, out, test = runs
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    last = f"{float(rows[-1]['test_top1']):.2f} %"
+    assert f"test accuracy after the last epoch: {last}" in out.splitlines()[-1]
+    assert "not a result" in out  # what it says of the best epoch
+    assert f"top-1 {last}" in test and "top-5" in test and "loss" in test
+
+
+def test_checkpoint_weights_and_foreign_wrapping_score_the_same(runs, tmp_path):
+    _, trained, _, _, out = runs
+    score = re.search(r"top-1 .*", out).group()
+    assert score in run(f"test.py --model_path {trained}/checkpoint.pt", tmp_path).stdout
+    state = torch.load(trained / "weights.pt", weights_only=True)
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pt")
+    shutil.copy(trained / "args.json", tmp_path)
+    flags = f"--model_path w.pt --arch {trained}"
+    assert score in run(f"test.py {flags}", tmp_path).stdout
+
+
+def test_search_is_the_same_on_the_same_seed(runs, tmp_path):
+    folder, *_ = runs
+    run(f"train_search.py {TINY_SEARCH} --save again", tmp_path)
+    again = next(tmp_path.glob("search-again-*"))
+    first, second = (
+        torch.load(path / "weights.pt", weights_only=True) for path in (folder, again)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_images_in_folders_run_and_second_order_too(tmp_path):
+    rng = np.random.RandomState(0)
+    for part, n in (("train", 8), ("val", 4)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / part / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.randint(0, 255, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    flags = "--set folder --data pets --input_size 16 --batch_size 4 --init_channels 8 --layers 3"
+    flags += " --epochs 1 --begin 0 --unrolled --cutout --k 2"
+    out = run(f"train_search.py {flags}", tmp_path).stdout
+    assert "2 classes, 8 training and 8 validation images of 16 x 16" in out
+    folder = next(tmp_path.glob("search-EXP-*"))
+    assert f"--arch {folder.name} --set folder --data pets --input_size 16" in out
+
+
+# --- wrong input: one line, exit code 2, nothing left behind ---
+
+
+@pytest.fixture
+def fail(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process in an empty folder; returns the one line it ends with."""
+    monkeypatch.chdir(tmp_path)
+
+    def fail(command, *more):
+        before = set(tmp_path.rglob("*"))
+        script, *flags = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *flags, *more])
+        module = importlib.import_module(script.removesuffix(".py"))
+        with pytest.raises(SystemExit) as exit:
+            utils.run(module.main, module.get_args)
+        err = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert err.count("\n") == 1 and err.startswith(f"{script}: error: ")
+        assert "Traceback" not in err
+        assert set(tmp_path.rglob("*")) == before
+        return err
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 0", ["--epochs", "at least 1"]),
+        ("--epochs two", ["--epochs", "two"]),
+        ("--learning_rate nan", ["--learning_rate", "finite"]),
+        ("--learning_rate -0.1", ["--learning_rate", "more than 0"]),
+        ("--momentum 1.5", ["--momentum", "at most 1"]),
+        ("--laers 8", ["--laers"]),
+        ("--layer 8", ["--layer"]),  # no abbreviations
+        ("--layers 2", ["layers=2", "3 or more"]),
+        ("--init_channels 10", ["10 / 4"]),
+        ("--init_channels 4", ["4 / 4", "even"]),
+        ("--k 3", ["16 / 3"]),
+        ("--k 0", ["--k"]),
+        ("--batch_size 0", ["--batch_size"]),
+        ("--batch_size 1000", ["1000", "718", "half"]),
+        ("--train_portion 0", ["train_portion"]),
+        ("--train_portion 1", ["train_portion"]),
+        ("--input_size 18", ["even"]),
+        ("--input_size 4", ["input_size 4"]),
+        ("--set imagenet", ["imagenet", "digits"]),
+        ("--set folder --data nowhere", ["nowhere"]),
+        ("--device cuda:99", ["cuda:99", "--device cpu"]),
+        ("--device tpu", ["tpu", "cpu"]),
+        ("--gpu 99", ["cuda:99"]),
+        ("--gpu -1", ["--gpu"]),
+        ("--save /proc/nothing/x", ["/proc/nothing"]),
+        ("--seed -1", ["--seed"]),
+    ],
+)
+def test_wrong_flags_of_a_search(fail, flags, words):
+    line = fail(f"train_search.py --set digits {flags}")
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("PC_DARTS_cifer", ["PC_DARTS_cifer", "PC_DARTS_cifar"]),
+        ("nowhere/genotype.json", ["nowhere"]),
+        ("Genotype(normal=[('sep_conv_9x9', 0), ('skip_connect', 1)], normal_concat=[2], "
+         "reduce=[('skip_connect', 0), ('skip_connect', 1)], reduce_concat=[2])",
+         ["sep_conv_9x9", "sep_conv_"]),
+        ("Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 2)], normal_concat=[2], "
+         "reduce=[('skip_connect', 0), ('skip_connect', 1)], reduce_concat=[2])",
+         ["normal[1]", "2"]),
+        ("Genotype(normal=[('sep_conv_3x3', 0)], normal_concat=[2], "
+         "reduce=[('skip_connect', 0), ('skip_connect', 1)], reduce_concat=[2])", ["1 edges"]),
+        ("Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1)], normal_concat=[3], "
+         "reduce=[('skip_connect', 0), ('skip_connect', 1)], reduce_concat=[2])",
+         ["normal_concat", "3"]),
+        ("Genotype(__import__('os').system('touch hacked'))", ["cannot read"]),
+    ],
+)  # fmt: skip
+def test_wrong_architectures(fail, arch, words):
+    line = fail("train.py --set digits --arch", arch)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--set digits --auxiliary", ["auxiliary", "32"]),
+        ("--set digits --layers 1", ["layers=1"]),
+        ("--set digits --drop_path_prob 2", ["--drop_path_prob"]),
+        ("--set digits --batch_size 5000", ["5000", "1437"]),
+        ("--set folder --data empty", ["train"]),
+    ],
+)
+def test_wrong_flags_of_a_training(fail, flags, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = fail(f"train.py {flags}")
+    assert all(word in line for word in words), line
+
+
+def test_wrong_weights(fail, runs, tmp_path):
+    search, trained, *_ = runs
+    (tmp_path / "text.pt").write_text("no weights")
+    hacked = tmp_path / "hacked"
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(Hostile(hacked), tmp_path / "hostile.pt")
+    shutil.copy(trained / "args.json", tmp_path)
+    arch = f"--set digits --arch {trained}"
+    assert "text.pt" in fail(f"test.py --model_path text.pt {arch}")
+    assert "list.pt" in fail(f"test.py --model_path list.pt {arch}")
+    line = fail(f"test.py --model_path other.pt {arch}")
+    assert "stem.0.weight" in line
+    assert "hostile.pt" in fail(f"test.py --model_path hostile.pt {arch}")
+    assert not hacked.exists()
+    assert "nowhere" in fail("test.py --model_path nowhere.pt --set digits")
+    assert "train.py --arch" in fail(f"test.py --model_path {search}")
+    line = fail(f"test.py --model_path {trained} --layers 4")
+    assert "cells.3" in line
+    line = fail(f"test.py --model_path {trained} --init_channels 8")
+    assert "size mismatch" in line
+
+
+class Hostile:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_cell_pasted_into_genotypes_is_a_name(tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(ROOT / "digits.npz", tmp_path)
+    with (tmp_path / "genotypes.py").open("a") as file:
+        file.write(
+            "\nMyCell = Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1)], "
+            "normal_concat=[2], reduce=[('max_pool_3x3', 0), ('skip_connect', 1)], "
+            "reduce_concat=[2])\n"
+        )
+    flags = f"--arch MyCell {TINY_TRAIN} --epochs 1".split()
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "normal_concat=[2]" in done.stdout

@@ -1,0 +1,146 @@
+"""Search a cell on CIFAR-size images with PC-DARTS (Xu et al., ICLR 2020, section 3).
+
+    python train_search.py                          # CIFAR-10, the published setting, on one GPU
+    python train_search.py --set digits             # needs no download
+    python train_search.py --set folder --data DIR  # DIR/train/CLASS/*.png, DIR/test/CLASS/*.png
+
+Alphas and betas stay frozen for --begin epochs; then each step updates them on a batch of the validation
+half, and the weights on a batch of the training half. Prints the genotype; `train.py --arch RUN` trains it.
+Measured: see the README.
+"""
+
+import torch
+from torch import nn
+
+import data
+import engine
+import genotypes
+import utils
+from architect import Architect
+from model_search import Network
+
+
+def get_args():
+    parser = utils.Parser(__doc__.split("\n")[0])
+    utils.add_common_arguments(parser, batch_size=256)
+    parser.set_defaults(seed=2)
+    add = parser.add_argument
+    add("--epochs", type=utils.count, default=50, help="epochs of the training half")
+    add("--begin", type=utils.natural, default=15, help="epochs before alphas and betas move")
+    add("--init_channels", type=utils.count, default=16, help="channels C of the first cell")
+    add("--layers", type=utils.count, default=8, help="cells")
+    add("--k", type=utils.count, default=4, help="1/k of the channels go through the operations")
+    add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
+    add("--learning_rate", type=utils.positive, default=0.1, help="of the weights, at first")
+    add("--learning_rate_min", type=utils.non_negative, default=0.0, help="and at last (cosine)")
+    add("--momentum", type=utils.fraction, default=0.9, help="of the weights' SGD")
+    add("--weight_decay", type=utils.non_negative, default=3e-4, help="of the weights' SGD")
+    add("--grad_clip", type=utils.positive, default=5.0, help="norm of the weights' gradient")
+    add("--arch_learning_rate", type=utils.positive, default=6e-4, help="of alphas and betas")
+    add("--arch_weight_decay", type=utils.non_negative, default=1e-3, help="of alphas and betas")
+    add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
+    add("--train_portion", type=utils.fraction, default=0.5, help="share of the weights' images")
+    add("--cutout", action="store_true", help="cut a square out of every image")
+    add("--cutout_length", type=utils.count, default=16, help="side of that square in pixels")
+    add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
+    return parser.parse_args()
+
+
+def main(args):
+    device = utils.choose_device(args)
+    utils.set_seed(args.seed)
+
+    dataset = data.load(args.set, args.data, args.input_size)
+    train_half, valid_half = data.halves(dataset.train, args.train_portion)
+    common = dict(dataset=dataset, batch_size=args.batch_size, device=device)
+    search = dict(augment=True, shuffle=True, cutout_length=args.cutout_length * args.cutout)
+    train = data.Batches(train_half, **common, **search, seed=args.seed, what="training half")
+    valid = data.Batches(
+        valid_half, **common, **search, seed=args.seed + 1, what="validation half"
+    )
+    held_out = data.Batches(valid_half, **common, what="validation half")
+
+    criterion = nn.CrossEntropyLoss()
+    with utils.user_errors(ValueError):
+        model = Network(
+            args.init_channels, len(dataset.classes), args.layers, criterion,
+            k=args.k, edge_norm=not args.no_edge_norm,
+        ).to(device)  # fmt: skip
+        engine.check_size(model, dataset.train.images.shape[1])
+    optimizer = torch.optim.SGD(
+        model.weights(),
+        args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+    )
+    architect = Architect(model, args)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, args.epochs, args.learning_rate_min
+    )
+
+    folder = utils.create_exp_dir("search", args.save)
+    log = utils.start_log(folder)
+    utils.write_args(folder, args)
+    log.info(utils.describe(device))
+    log.info(
+        "%s: %d classes, %d training and %d validation images of %d x %d",
+        args.set, len(dataset.classes), *(len(half.labels) for half in (train_half, valid_half)),
+        *train_half.images.shape[1:3],
+    )  # fmt: skip
+    log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
+
+    batches = valid.forever()
+    for epoch in range(args.epochs):
+        frozen = epoch < args.begin
+        lr = scheduler.get_last_lr()[0]
+        figures = engine.search_epoch(
+            train, batches, model, criterion, architect, optimizer, args, frozen, log
+        )
+        scheduler.step()
+        report(folder, log, epoch, args, lr, figures, model.genotype())
+        state = {"format": utils.FORMAT, "script": "train_search", "epoch": epoch + 1}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"architect": architect.optimizer.state_dict()}
+        utils.save(state, folder / "checkpoint.pt")
+
+    figures = engine.evaluate(held_out, model, criterion, args, log)
+    log.info(
+        "supernet on the validation half: top-1 %.2f %%, loss %.4f "
+        "(this is not the final accuracy of the cell: train it for that)",
+        figures["top1"],
+        figures["loss"],
+    )
+    genotype = model.genotype()
+    genotypes.save(genotype, folder / "genotype.json")
+    utils.save(model.state_dict(), folder / "weights.pt")
+    log.info("genotype = %s", genotypes.text(genotype))
+    log.info("train it: python train.py --arch %s%s", folder, recipe(args, train_half))
+
+
+def recipe(args, images):
+    """The further flags of the command that trains the cell on the same data."""
+    flags = " --auxiliary --cutout" if images.images.shape[1] >= 32 else ""  # too small for a head
+    flags += "" if args.set == "cifar10" else f" --set {args.set}"
+    flags += "" if args.data == "../data" or args.set == "digits" else f" --data {args.data}"
+    return flags + (f" --input_size {args.input_size}" if args.input_size else "")
+
+
+def report(folder, log, epoch, args, lr, figures, genotype):
+    """A line of the log, of metrics.csv and of genotypes.jsonl; the genotype is that after the epoch."""
+    skips = genotypes.skip_connects(genotype)
+    state = f"frozen for the first {args.begin} epochs" if epoch < args.begin else "learning"
+    log.info(
+        "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, %.0f images/s, %.1f s, "
+        "peak memory %.0f MiB, alphas and betas %s, skip_connects %d normal %d reduce",
+        epoch + 1, args.epochs, lr, figures["loss"], figures["top1"],
+        figures["images_per_second"], figures["seconds"], figures["memory_mib"], state, *skips,
+    )  # fmt: skip
+    log.info("genotype = %s", genotypes.text(genotype))
+    row = {"epoch": epoch + 1, "learning_rate": lr, **figures, "frozen": int(epoch < args.begin)}
+    utils.append_csv(folder / "metrics.csv", row | {"skip_connects_normal": skips[0]})
+    fields = {name: list(value) for name, value in genotype._asdict().items()}
+    utils.append_jsonl(folder / "genotypes.jsonl", {"epoch": epoch + 1, **fields})
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)

@@ -1,0 +1,285 @@
+"""What every script needs besides the network: errors, arguments, seeds, device, meters, run folder, checkpoints."""
+
+import argparse
+import contextlib
+import csv
+import json
+import logging
+import os
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = 1  # of checkpoints and args.json; raised when an older reader could not use them
+
+
+class UserError(ValueError):
+    """An error that the user can cause and mend: its one line says what is wrong and what to do."""
+
+
+@contextlib.contextmanager
+def user_errors(*kinds):
+    """Turns errors of these kinds, whose text is one line for the user, into UserError."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+def run(main, get_args):
+    """main(get_args()) as a script: a UserError is one line and exit code 2, an interrupt 130."""
+    try:
+        main(get_args())
+    except UserError as error:
+        sys.exit(_fail(error, 2))
+    except torch.OutOfMemoryError:
+        hint = "lower --batch_size or --init_channels, or raise --k in a search"
+        sys.exit(_fail(f"out of memory on the GPU; {hint}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+
+
+def _fail(message, code):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with defaults in the help, no abbreviated flags, and errors of one line."""
+
+    def __init__(self, description):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: a finite `kind` (int, float) with low <= value <= high and value > above."""
+
+    def parse(text):
+        value = kind(text)
+        bounds = [(low, "at least", value.__lt__), (high, "at most", value.__gt__)]
+        bounds.append((above, "more than", value.__le__))
+        for bound, words, beyond in bounds:
+            if not np.isfinite(value) or (bound is not None and beyond(kind(bound))):
+                raise argparse.ArgumentTypeError(f"{text} must be {words} {bound}, and finite")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+count = number(int, low=1)
+natural = number(int, low=0)
+positive = number(float, above=0)
+non_negative = number(float, low=0)
+fraction = number(float, low=0, high=1)
+
+
+def add_common_arguments(parser, batch_size):
+    """The flags that all scripts on CIFAR-size images share; sets are named by data.SETS."""
+    add = parser.add_argument
+    add("--data", default="../data", help="folder of the data set")
+    add("--set", default="cifar10", help="cifar10, cifar100, folder or digits (needs no files)")
+    add("--input_size", type=count, help="height and width of the images in pixels; None: the set's own")
+    add("--batch_size", type=count, default=batch_size, help="images in a step")
+    add("--gpu", type=natural, default=0, help="which GPU, where there is one")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    add("--report_freq", type=count, default=50, help="steps between two lines of progress")
+    add("--seed", type=natural, help="of every random number", default=0)
+
+
+def choose_device(args):
+    """The device of --device, else GPU number --gpu, else the CPU. Raises UserError if it is not there."""
+    if args.device is None and args.gpu == 0 and not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    name = args.device or f"cuda:{args.gpu}"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown: use cpu, cuda, cuda:1 or mps") from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"there is no {name}, only {gpus} CUDA GPUs: use another, or --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no mps device here: use --device cpu")
+    return device
+
+
+def describe(device):
+    """One line that names the device."""
+    if device.type == "cuda":
+        return f"device {device}: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"no GPU in use: running on the CPU, {torch.get_num_threads()} threads"
+    return f"device {device}"
+
+
+def set_seed(seed):
+    """Seeds Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def peak_memory(device):
+    """Peak memory in MiB: of the tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+class AverageMeter:
+    """A running mean that stays on the device until it is read: no step waits for the GPU."""
+
+    def __init__(self):
+        self.sum, self.cnt = 0.0, 0
+
+    def update(self, value, n=1):
+        """Adds the mean `value` (number or 0-d tensor) of n items."""
+        self.sum = self.sum + (value.detach() if torch.is_tensor(value) else value) * n
+        self.cnt += n
+
+    @property
+    def avg(self):
+        return float(self.sum) / max(self.cnt, 1)
+
+
+AvgrageMeter = AverageMeter  # as DARTS spells it
+
+
+def accuracy(output, target, topk=(1,)):
+    """Percentages of targets (N,) among the k best of the logits (N, classes), one 0-d tensor per k."""
+    best = output.topk(min(max(topk), output.shape[1]), dim=1).indices  # (N, k)
+    hits = best == target[:, None]
+    return [100.0 * hits[:, :k].any(1).float().mean() for k in topk]
+
+
+def count_parameters_in_MB(model):
+    """Millions of parameters (the name is DARTS's), those of an auxiliary head not counted."""
+    return sum(p.numel() for n, p in model.named_parameters() if "auxiliary" not in n) / 1e6
+
+
+def create_exp_dir(kind, save):
+    """Makes and returns the run folder: SAVE's parent / kind-NAME-YYYYMMDD-HHMMSS, never one that exists."""
+    parent, name = Path(save).expanduser().parent, Path(save).name
+    if not name:
+        raise UserError(f"--save {save!r} names no run: give a name, such as --save EXP")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
+        folder = parent / f"{kind}-{name}-{stamp}{suffix}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if parent.is_dir():
+                continue
+            raise UserError(f"--save {save}: {parent} is a file; name another folder") from None
+        except OSError as error:
+            reason = f"{folder} cannot be made ({error.strerror})"
+            raise UserError(f"{reason}: give another --save") from None
+    raise UserError(f"{folder} exists already: give another --save")
+
+
+def start_log(folder=None):
+    """A logger that writes to the terminal and, where there is a run folder, to its log.txt."""
+    log = logging.getLogger("pc-darts")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    if folder is not None:
+        log.handlers.append(logging.FileHandler(folder / "log.txt"))
+    for handler in log.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%m/%d %I:%M:%S %p"))
+    return log
+
+
+def write_args(folder, args, **more):
+    """args.json: the arguments, the command and the versions behind a run, and whatever is in `more`."""
+    about = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "command": sys.argv, **more}
+    about |= {"torch": torch.__version__, "python": sys.version.split()[0], "args": vars(args)}
+    (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def read_args(folder):
+    """What write_args wrote, {} where there is no args.json. Raises UserError where it cannot be read."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        return {}
+    try:
+        about = json.loads(path.read_text())
+        if about["format"] > FORMAT:
+            raise UserError(f"{path} is of a newer version of this code: update it")
+        return about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged: give the flags and --model_path FILE") from None
+
+
+def append_csv(path, row):
+    """Appends a dict as a row; a new file begins with the names."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def append_jsonl(path, row):
+    """Appends a dict as a line of JSON."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save(state, path):
+    """torch.save, written beside `path` and renamed over it: there is never half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def load(path, device="cpu"):
+    """What `save` wrote: tensors and plain values only, so a hostile file runs no code.
+
+    Raises UserError where the file is missing or is none of ours.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give another file") from None
+    except Exception:  # the unpickler raises whatever a damaged file makes it meet
+        raise UserError(f"{path} is no weights file, or damaged: give one that torch saved") from None
+
+
+def load_weights(model, state, path):
+    """Loads a state dict, or a checkpoint with one under "model" or "state_dict", into `model`.
+
+    Raises UserError that names the first mismatch.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"{path} holds no weights: give a checkpoint or a state dict")
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:  # "Error(s) in loading ...:" and one mismatch or list a line
+        first = str(error).splitlines()[1:2] or [str(error)]
+        reason = first[0].strip()[:200].rstrip(". ")
+        raise UserError(f"{path} is of another network: {reason}; give its own flags") from None
