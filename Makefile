@@ -1,30 +1,31 @@
-# make demo   search a cell on small real images, train the network it makes, test it
+# make demo   search a cell on real handwritten digits, train the network it makes, test it
 # make test   lint, then the tests
+# make lint   lint alone
 # make slow   the tests that take long
 # make clean  remove the virtual environment and the caches; runs stay
 #
-# The first of them makes a virtual environment in $(VENV) with all that is needed in it.
+# The first of them makes a virtual environment in .venv with all that is needed in it.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-DEMO = demo
-SEARCH_FLAGS ?= --set digits
-TRAIN_FLAGS ?= --set digits
+RUNS ?= runs
+SEARCH_FLAGS ?= --set digits --epochs 10 --begin 3 --batch_size 64
+TRAIN_FLAGS ?= --set digits --epochs 10 --init_channels 16 --layers 8
+SEARCH = $$(ls -d $(RUNS)/search-demo-* | tail -n 1)
+TRAIN = $$(ls -d $(RUNS)/eval-demo-* | tail -n 1)
 
 .PHONY: demo test lint slow clean
 
 demo: $(READY)
-	$(BIN)/python train_search.py --save $(DEMO) $(SEARCH_FLAGS)
-	search=$$(ls -d search-$(DEMO)-* | tail -n 1) && \
-		$(BIN)/python train.py --arch "$$search" --save $(DEMO) $(TRAIN_FLAGS)
-	@search=$$(ls -d search-$(DEMO)-* | tail -n 1) && \
-		eval=$$(ls -d eval-$(DEMO)-* | tail -n 1) && \
-		echo && tail -n 1 "$$eval/log.txt" && \
-		echo "the search and the cell it found: $$search (genotype.json)" && \
-		echo "the network trained from the cell: $$eval (weights.pt)"
+	$(BIN)/python train_search.py --save $(RUNS)/demo $(SEARCH_FLAGS)
+	$(BIN)/python train.py --save $(RUNS)/demo --arch "$(SEARCH)" $(TRAIN_FLAGS)
+	@echo
+	@grep -h "test accuracy" "$(TRAIN)/log.txt" | tail -n 1
+	@echo "the search, and the cell it found:  $(SEARCH)/genotype.json"
+	@echo "the network trained from that cell: $(TRAIN)/weights.pt"
 
 test: lint
 	$(BIN)/python -m pytest
@@ -43,6 +44,6 @@ clean:
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 2; }
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""The architecture step: Adam on alphas and betas with the first- or second-order gradient (DARTS, section 2.3)."""
+"""The architecture step: Adam on alphas and betas, first or second order (DARTS, section 2.3)."""
 
 from contextlib import contextmanager
 
@@ -36,8 +36,8 @@ class Architect:
     ):
         """Leaves the gradient of the validation loss in `.grad` of alphas and betas.
 
-        input: (N, 3, H, W), target: (N,). unrolled: the second-order gradient, which looks one SGD step
-        ahead: eta is the learning rate of that step, network_optimizer has its momentum buffers.
+        input: (N, 3, H, W), target: (N,). unrolled: the second-order gradient, which looks one SGD
+        step ahead: eta is that step's learning rate, network_optimizer has its momentum buffers.
         """
         if unrolled:
             batches = (input_train, target_train), (input_valid, target_valid)
@@ -53,7 +53,7 @@ class Architect:
         return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
     def _unrolled_gradient(self, train, valid, eta, network_optimizer):
-        """grad_alpha L_val(w', alpha) at w' = w - eta * (momentum and weight decay included) (eq. 7).
+        """The gradient of L_val(w', alpha) in alpha, w' being w after one SGD step (eq. 7).
 
         Its second term is a Hessian-vector product, taken by a central difference (eq. 8).
         """
@@ -88,14 +88,12 @@ class Architect:
 
     @contextmanager
     def _moved(self, weights, there, back):
-        """The model with its weights at `there`; afterwards they are copied from `back`, bit for bit."""
+        """The model with its weights at `there`; after it they are those of `back`, bit for bit."""
         try:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, there)
+            _copy(there, weights)
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, back)
+            _copy(back, weights)
 
     @contextmanager
     def _buffers_kept(self):
@@ -106,5 +104,10 @@ class Architect:
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, kept)
+            _copy(kept, buffers)
+
+
+@torch.no_grad()
+def _copy(values, tensors):
+    for value, tensor in zip(values, tensors, strict=True):
+        tensor.copy_(value)

@@ -49,9 +49,7 @@ class Figures:
         }
 
 
-def search_epoch(
-    loader, valid_batches, model, criterion, architect, optimizer, args, frozen, log
-):
+def search_epoch(loader, valid_batches, model, criterion, architect, optimizer, args, frozen, log):
     """One epoch of bilevel search (algorithm 1 of DARTS): an architecture step, then a weight step.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
@@ -75,7 +73,10 @@ def search_epoch(
 
 
 def train_epoch(loader, model, criterion, optimizer, args, log):
-    """One epoch of a discrete network; args: auxiliary, auxiliary_weight, grad_clip, report_freq."""
+    """One epoch of a discrete network; returns the training figures as a dict.
+
+    args: auxiliary, auxiliary_weight, grad_clip, report_freq.
+    """
     model.train()
     figures = Figures("train", loader, args.report_freq, log)
     for x, y in figures.steps():

@@ -17,7 +17,7 @@ from operations import OPS, FactorizedReduce, Identity, ReLUConvBN, without_modu
 
 
 class Cell(nn.Module):
-    """One cell of a genotype that `check` returned: node 2 + i sums the operations 2i and 2i + 1."""
+    """One cell of a genotype that `check` returned: node 2 + i sums operations 2i and 2i + 1."""
 
     def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
@@ -68,7 +68,7 @@ class AuxiliaryHead(nn.Module):
         self._smallest, self._scale = 5 + stride, scale  # pooled to 2 x 2, then 1 x 1
         self.features = nn.Sequential(
             nn.ReLU(),
-            nn.AvgPool2d(5, stride=stride, padding=0, count_include_pad=False),
+            nn.AvgPool2d(5, stride=stride),  # unpadded
             nn.Conv2d(C, 128, 1, bias=False),
             nn.BatchNorm2d(128),
             nn.ReLU(),
@@ -79,7 +79,7 @@ class AuxiliaryHead(nn.Module):
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x):
-        """Logits (N, num_classes) of a map (N, C, H, W); raises ValueError where it is too small."""
+        """Logits (N, num_classes) of a map (N, C, H, W); ValueError where it is too small."""
         if min(x.shape[2:]) < self._smallest:
             size = self._smallest * self._scale
             raise ValueError(

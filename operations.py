@@ -1,11 +1,12 @@
-"""The candidate operations of a cell and the blocks that cells are made of (DARTS, section 2.1 and appendix A.1.1)."""
+"""The candidate operations of a cell (DARTS, section 3.1.1) and the blocks of cells."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-# name -> module that maps (N, C, H, W) to (N, C, H / stride, W / stride). An op added here is at once
-# a name for genotypes; added to genotypes.PRIMITIVES too, it is searched.
+# Each makes a module from (N, C, H, W) to (N, C, H / stride, W / stride). An op added here is at
+# once a name for genotypes; added to genotypes.PRIMITIVES too, it is searched.
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
     "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(
@@ -55,9 +56,7 @@ class DilConv(nn.Module):
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(
-                C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False
-            ),
+            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
@@ -129,7 +128,7 @@ class FactorizedReduce(nn.Module):
 
 
 def factorized_kernel(first, second):
-    """Both convolutions of a FactorizedReduce, (..., C/2, C_in, 1, 1), as one 2x2 kernel (..., C, C_in, 2, 2)."""
+    """Both 1x1 kernels (..., C/2, C_in, 1, 1) of a FactorizedReduce as one (..., C, C_in, 2, 2)."""
     return torch.cat([F.pad(first, (0, 1, 0, 1)), F.pad(second, (1, 0, 1, 0))], dim=-4)
 
 
@@ -146,3 +145,116 @@ def without_module_prefix(state_dict):
     prefix = "module."
     wrapped = bool(state_dict) and all(name.startswith(prefix) for name in state_dict)
     return {name.removeprefix(prefix) if wrapped else name: state_dict[name] for name in state_dict}
+
+
+# Batch norms of many edges at once, for the supernet. Norms over few channels are slow as matrices
+# (N * H * W, C). In channels_last the same memory is a matrix (N * H, W * C) of long rows, on which
+# sums, scales and shifts run at memory speed; figures per channel are tiled W times for it.
+EPS, MOMENTUM = 1e-5, 0.1  # of every batch norm: PyTorch's defaults
+
+
+def _rows(x):
+    """(N, C, H, W) in channels_last as the matrix (N * H, W * C)."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(n * h, w * c)
+
+
+def _images(rows, like):
+    """Back from rows to the shape (N, C, H, W) of `like`, in channels_last."""
+    n, c, h, w = like.shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _per_channel(columns, C):
+    """Sums (O, W * C) to sums (O, C)."""
+    return columns.view(len(columns), -1, C).sum(1)
+
+
+def _tile(figures, width):
+    """Per-channel figures (O, C) as (O, 1, W * C)."""
+    return figures.repeat(1, width).unsqueeze(1)
+
+
+def _standardize(ys, running_mean, running_var, training):
+    """O tensors (N, C, H, W) less their mean, as rows (O, N * H, W * C), and 1 / std (O, C).
+
+    Of the batch in training, and the running figures (O, C) follow as in nn.BatchNorm2d; else of
+    those.
+    """
+    n, C, h, width = ys[0].shape
+    m = n * h * width
+    y = torch.stack([_rows(part) for part in ys])
+    if not training:
+        return y.sub_(_tile(running_mean, width)), (running_var + EPS).rsqrt()
+    mean = _per_channel(y.sum(1), C) / m
+    y.sub_(_tile(mean, width))
+    var = _per_channel((y * y).sum(1), C) / m
+    running_mean.lerp_(mean, MOMENTUM)
+    running_var.lerp_(var * (m / max(m - 1, 1)), MOMENTUM)
+    return y, (var + EPS).rsqrt()
+
+
+def _norm_backward(g, y, scale, inv_std, width, training):
+    """Gradients with respect to (O, N * H, W * C) inputs of norms, and with respect to their scale.
+
+    y is centred; output = scale * inv_std * y. With a = scale * inv_std and m values per channel:
+    dy = a * (g - mean(g) - y * inv_std^2 * mean(g * y)), dscale = inv_std * sum(g * y).
+    """
+    C = inv_std.shape[1]
+    m = y.shape[1] * width
+    a = scale * inv_std
+    dot = _per_channel((g * y).sum(1), C)
+    if not training:
+        return g * _tile(a, width), dot * inv_std
+    total = _per_channel(g.sum(1), C)
+    b, shift = a * inv_std.square() * dot / -m, a * total / -m
+    a, b, shift = _tile(torch.cat([a, b, shift]), width).chunk(3)
+    return torch.addcmul(shift, g, a).addcmul_(y, b), dot * inv_std
+
+
+class NormReLU(torch.autograd.Function):
+    """relu(batch_norm(y)) of O tensors (N, C, H, W) at once: the middle of the sep_convs."""
+
+    @staticmethod
+    def forward(ctx, running_mean, running_var, training, *ys):
+        y, inv_std = _standardize(ys, running_mean, running_var, training)
+        z = (y * _tile(inv_std, ys[0].shape[3])).relu_()
+        ctx.save_for_backward(y, z, inv_std)
+        ctx.training = training
+        return tuple(_images(part, ys[0]) for part in z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gs):
+        y, z, inv_std = ctx.saved_tensors
+        g = torch.stack([_rows(part) for part in gs])
+        g = torch.ops.aten.threshold_backward(g, z, 0)
+        dy, _ = _norm_backward(g, y, 1, inv_std, gs[0].shape[3], ctx.training)
+        return None, None, None, *(_images(part, gs[0]) for part in dy)
+
+
+class NormSum(torch.autograd.Function):
+    """start + sum_o scale_o * batch_norm(y_o), with scale (O, C); start and y_o are (N, C, H, W).
+
+    The weight of an op in the mixture is the scale of its last norm, so no output is kept twice.
+    """
+
+    @staticmethod
+    def forward(ctx, running_mean, running_var, training, start, scale, *ys):
+        y, inv_std = _standardize(ys, running_mean, running_var, training)
+        a = _tile(scale * inv_std, ys[0].shape[3])
+        out = y[0] * a[0] if start is None else torch.addcmul(_rows(start), y[0], a[0])
+        for part, a_o in zip(y[1:], a[1:], strict=True):
+            out.addcmul_(part, a_o)
+        ctx.save_for_backward(y, inv_std, scale)
+        ctx.training, ctx.started = training, start is not None
+        return _images(out, ys[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, inv_std, scale = ctx.saved_tensors
+        rows = _rows(g)
+        dy, dscale = _norm_backward(rows[None], y, scale, inv_std, g.shape[3], ctx.training)
+        dstart = _images(rows, g) if ctx.started else None
+        return None, None, None, dstart, dscale, *(_images(part, g) for part in dy)

@@ -1,8 +1,8 @@
 """Score a trained discrete network on the test images: top-1, top-5, loss.
 
-    python test.py --model_path eval-EXP-20260101-120000              # the weights of a run's last epoch
+    python test.py --model_path eval-EXP-20260101-120000          # a run, after its last epoch
     python test.py --model_path eval-EXP-20260101-120000/checkpoint.pt
-    python test.py --model_path weights.pt --arch PC_DARTS_cifar      # weights from elsewhere
+    python test.py --model_path weights.pt --arch PC_DARTS_cifar  # weights from elsewhere
 
 Beside a run's weights lie its genotype and its flags: those given here count instead.
 """
@@ -24,7 +24,7 @@ def get_args():
     utils.add_common_arguments(parser, batch_size=96)
     add = parser.add_argument
     add("--model_path", required=True, help="run folder, checkpoint or weights file")
-    add("--arch", help="name, genotype.json, run folder or text; None: what lies beside the weights")
+    add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
     add("--layers", type=utils.count, default=20, help="cells")
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")

@@ -1,11 +1,11 @@
 """Train a discrete network on CIFAR-size images and test it (PC-DARTS, section 4.2).
 
-    python train.py --auxiliary --cutout              # PC_DARTS_cifar on CIFAR-10: the published recipe
-    python train.py --arch search-EXP-20260101-120000 # the cell that a search found
+    python train.py --auxiliary --cutout               # PC_DARTS_cifar: the published recipe
+    python train.py --arch search-EXP-20260101-120000  # the cell that a search found
     python train.py --arch "Genotype(normal=[...], ...)" --set folder --data DIR
 
-The figure that counts is the test accuracy after the last epoch; published for PC_DARTS_cifar: 97.43 % (best run).
-Measured: see the README.
+The figure that counts is the test accuracy after the last epoch; published for PC_DARTS_cifar:
+97.43 % (the best run). What was measured with this code stands in the README.
 """
 
 import torch
@@ -78,7 +78,8 @@ def main(args):
     log.info(utils.describe(device))
     log.info(
         "%s: %d classes, %d training and %d test images of %d x %d",
-        args.set, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels), size, size,
+        args.set, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels),
+        size, size,
     )  # fmt: skip
     log.info("network: %.6f M parameters", utils.count_parameters_in_MB(model))
     log.info("genotype = %s", genotypes.text(genotype))
@@ -92,8 +93,8 @@ def main(args):
         tested = engine.evaluate(test, model, criterion, args, log)
         best = max(best, (tested["top1"], epoch + 1), key=lambda pair: pair[0])
         log.info(
-            "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, test loss %.4f, top-1 %.2f %%, "
-            "%.0f images/s, %.1f s, peak memory %.0f MiB",
+            "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, test loss %.4f, "
+            "top-1 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
             epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
             tested["top1"], figures["images_per_second"], figures["seconds"], figures["memory_mib"],
         )  # fmt: skip

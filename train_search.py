@@ -4,9 +4,9 @@
     python train_search.py --set digits             # needs no download
     python train_search.py --set folder --data DIR  # DIR/train/CLASS/*.png, DIR/test/CLASS/*.png
 
-Alphas and betas stay frozen for --begin epochs; then each step updates them on a batch of the validation
-half, and the weights on a batch of the training half. Prints the genotype; `train.py --arch RUN` trains it.
-Measured: see the README.
+Alphas and betas stay frozen for --begin epochs; then each step updates them on a batch of the
+validation half, and the weights on one of the training half. Prints the genotype, which
+`train.py --arch RUN` trains. What was measured with this code stands in the README.
 """
 
 import torch
@@ -55,9 +55,7 @@ def main(args):
     common = dict(dataset=dataset, batch_size=args.batch_size, device=device)
     search = dict(augment=True, shuffle=True, cutout_length=args.cutout_length * args.cutout)
     train = data.Batches(train_half, **common, **search, seed=args.seed, what="training half")
-    valid = data.Batches(
-        valid_half, **common, **search, seed=args.seed + 1, what="validation half"
-    )
+    valid = data.Batches(valid_half, **common, **search, seed=args.seed + 1, what="validation half")
     held_out = data.Batches(valid_half, **common, what="validation half")
 
     criterion = nn.CrossEntropyLoss()
@@ -126,7 +124,7 @@ def recipe(args, images):
 
 
 def report(folder, log, epoch, args, lr, figures, genotype):
-    """A line of the log, of metrics.csv and of genotypes.jsonl; the genotype is that after the epoch."""
+    """A line of the log, metrics.csv and genotypes.jsonl; the genotype is that after the epoch."""
     skips = genotypes.skip_connects(genotype)
     state = f"frozen for the first {args.begin} epochs" if epoch < args.begin else "learning"
     log.info(

@@ -1,4 +1,4 @@
-"""What every script needs besides the network: errors, arguments, seeds, device, meters, run folder, checkpoints."""
+"""What scripts need besides the network: errors, flags, device, meters, run folder, checkpoints."""
 
 import argparse
 import contextlib
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: a finite `kind` (int, float) with low <= value <= high and value > above."""
+    """An argparse type: a finite `kind` (int or float) from low to high, or more than above."""
 
     def parse(text):
         value = kind(text)
@@ -88,7 +88,7 @@ def add_common_arguments(parser, batch_size):
     add = parser.add_argument
     add("--data", default="../data", help="folder of the data set")
     add("--set", default="cifar10", help="cifar10, cifar100, folder or digits (needs no files)")
-    add("--input_size", type=count, help="height and width of the images in pixels; None: the set's own")
+    add("--input_size", type=count, help="side of the images in pixels; None: the set's own")
     add("--batch_size", type=count, default=batch_size, help="images in a step")
     add("--gpu", type=natural, default=0, help="which GPU, where there is one")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
@@ -97,7 +97,7 @@ def add_common_arguments(parser, batch_size):
 
 
 def choose_device(args):
-    """The device of --device, else GPU number --gpu, else the CPU. Raises UserError if it is not there."""
+    """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there."""
     if args.device is None and args.gpu == 0 and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     name = args.device or f"cuda:{args.gpu}"
@@ -135,7 +135,7 @@ def peak_memory(device):
     """Peak memory in MiB: of the tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage counts bytes there, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -159,7 +159,7 @@ AvgrageMeter = AverageMeter  # as DARTS spells it
 
 
 def accuracy(output, target, topk=(1,)):
-    """Percentages of targets (N,) among the k best of the logits (N, classes), one 0-d tensor per k."""
+    """Percentages of targets (N,) among the k best logits (N, classes): a 0-d tensor per k."""
     best = output.topk(min(max(topk), output.shape[1]), dim=1).indices  # (N, k)
     hits = best == target[:, None]
     return [100.0 * hits[:, :k].any(1).float().mean() for k in topk]
@@ -171,7 +171,10 @@ def count_parameters_in_MB(model):
 
 
 def create_exp_dir(kind, save):
-    """Makes and returns the run folder: SAVE's parent / kind-NAME-YYYYMMDD-HHMMSS, never one that exists."""
+    """Makes the run folder `kind`-SAVE-YYYYMMDD-HHMMSS, never one that exists; returns its path.
+
+    save may begin with the folder to put it in. Raises UserError where it cannot be made.
+    """
     parent, name = Path(save).expanduser().parent, Path(save).name
     if not name:
         raise UserError(f"--save {save!r} names no run: give a name, such as --save EXP")
@@ -206,14 +209,14 @@ def start_log(folder=None):
 
 
 def write_args(folder, args, **more):
-    """args.json: the arguments, the command and the versions behind a run, and whatever is in `more`."""
+    """args.json: arguments, command and versions behind a run, and what is in `more`."""
     about = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "command": sys.argv, **more}
     about |= {"torch": torch.__version__, "python": sys.version.split()[0], "args": vars(args)}
     (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def read_args(folder):
-    """What write_args wrote, {} where there is no args.json. Raises UserError where it cannot be read."""
+    """What write_args wrote, {} where there is no args.json; UserError where it cannot be read."""
     path = Path(folder) / "args.json"
     if not path.exists():
         return {}
@@ -264,7 +267,7 @@ def load(path, device="cpu"):
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): give another file") from None
     except Exception:  # the unpickler raises whatever a damaged file makes it meet
-        raise UserError(f"{path} is no weights file, or damaged: give one that torch saved") from None
+        raise UserError(f"{path} is no intact weights file: give one that torch saved") from None
 
 
 def load_weights(model, state, path):

@@ -1,4 +1,4 @@
-"""Weights and batches of the golden figures: each tensor from NumPy's frozen generator, seeded by its name."""
+"""Weights and batches of the golden figures, from NumPy's frozen generator, seeded by name."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def generator(*key):
 
 
 def stream(name):
-    """Name that seeds entry `name`: pool norms on edges that leave one node share their statistics."""
+    """Name that seeds entry `name`: the pool norms of edges that leave one node share statistics."""
     match = re.fullmatch(r"(cells\.\d+)\._ops\.(\d+)\._ops\.([12])\.1\.(running_\w+)", name)
     if match is None:
         return name
@@ -27,7 +27,7 @@ def stream(name):
 
 
 def entry(seed, name, shape):
-    """State dict entry `name` (BN buffers, weights, alphas, betas) as a float64 (or int64) array."""
+    """State dict entry `name` (buffers, weights, alphas, betas) as a float64 or int64 array."""
     draw = generator(seed, stream(name))
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)

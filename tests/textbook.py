@@ -1,7 +1,7 @@
-"""The supernet edge by edge, as the paper's formulas stand: the oracle and the yardstick of the batched one.
+"""The supernet edge by edge, as the paper's formulas stand: oracle and yardstick of the batched one.
 
-Fourteen MixedOps a cell, each with its own slice, operations, concatenation and shuffle. The parameters carry the
-names of the published networks; alphas and betas are plain leaf tensors.
+Fourteen MixedOps a cell, each with its own slice, operations, concatenation and shuffle. The
+parameters carry the names of the published networks; alphas and betas are plain leaf tensors.
 """
 
 import torch
@@ -13,7 +13,7 @@ from operations import OPS, FactorizedReduce, ReLUConvBN
 
 
 class MixedOp(nn.Module):
-    """One edge: softmax(alpha)-weighted ops on the first C/K channels, the others pass by (eq. 1)."""
+    """One edge: softmax(alpha)-weighted ops on C/K channels, the others pass by (eq. 2)."""
 
     def __init__(self, C, stride, k):
         super().__init__()
@@ -35,7 +35,7 @@ class MixedOp(nn.Module):
 
 
 class Cell(nn.Module):
-    """Every earlier node feeds every later one; a node is the softmax(beta)-weighted sum of its edges (eq. 2)."""
+    """Each node is the softmax(beta)-weighted sum of the edges from all before it (eq. 3)."""
 
     def __init__(self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, k):
         super().__init__()
@@ -46,7 +46,9 @@ class Cell(nn.Module):
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self.steps, self.multiplier = steps, multiplier
         self._ops = nn.ModuleList(
-            MixedOp(C, 2 if reduction and j < 2 else 1, k) for i in range(steps) for j in range(2 + i)
+            MixedOp(C, 2 if reduction and j < 2 else 1, k)
+            for i in range(steps)
+            for j in range(2 + i)
         )
 
     def forward(self, s0, s1, alphas, betas):
@@ -91,9 +93,7 @@ class Network(nn.Module):
         for reduction in self.reductions:
             C_curr *= 2 if reduction else 1
             self.cells.append(
-                Cell(
-                    steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev, k
-                )
+                Cell(steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev, k)
             )
             reduction_prev = reduction
             C_prev_prev, C_prev = C_prev, multiplier * C_curr
@@ -112,7 +112,9 @@ class Network(nn.Module):
         """softmax over the edges of each node, (14,); ones where edge normalization is off."""
         if not self.edge_norm:
             return torch.ones_like(betas)
-        return torch.cat([part.softmax(0) for part in betas.split([2 + i for i in range(self.steps)])])
+        return torch.cat(
+            [part.softmax(0) for part in betas.split([2 + i for i in range(self.steps)])]
+        )
 
     def forward(self, x):
         if hasattr(self, "stem"):
