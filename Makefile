@@ -12,8 +12,8 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
 RUNS ?= runs
-SEARCH_FLAGS ?= --set digits --epochs 10 --begin 3 --batch_size 64
-TRAIN_FLAGS ?= --set digits --epochs 10 --init_channels 16 --layers 8
+SEARCH_FLAGS ?= --set digits --layers 5 --epochs 8 --begin 3 --batch_size 64
+TRAIN_FLAGS ?= --set digits --layers 8 --init_channels 16 --epochs 20 --batch_size 64 --drop_path_prob 0.1
 SEARCH = $$(ls -d $(RUNS)/search-demo-* | tail -n 1)
 TRAIN = $$(ls -d $(RUNS)/eval-demo-* | tail -n 1)
 

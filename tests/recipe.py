@@ -17,7 +17,7 @@ def generator(*key):
 
 
 def stream(name):
-    """Name that seeds entry `name`: the pool norms of edges that leave one node share statistics."""
+    """Name that seeds entry `name`: pool norms of edges that leave one node share statistics."""
     match = re.fullmatch(r"(cells\.\d+)\._ops\.(\d+)\._ops\.([12])\.1\.(running_\w+)", name)
     if match is None:
         return name

@@ -15,7 +15,7 @@ import model_search
 import recipe
 import textbook
 from genotypes import PRIMITIVES
-from operations import OPS, DilConv, SepConv
+from operations import OPS, DilConv, Identity, SepConv
 
 ARCH = ["alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"]
 NETWORKS = pytest.mark.parametrize("module", [textbook, model_search], ids=lambda m: m.__name__)
@@ -623,6 +623,8 @@ USERS = {
     "blur_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, 1),
     "dil_conv_3x3_4": lambda C, stride, affine: DilConv(C, C, 3, stride, 4, 4, affine=affine),
     "sep_conv_1x1": lambda C, stride, affine: SepConv(C, C, 1, stride, 0, affine=affine),
+    "sep_conv_affine": lambda C, stride, affine: SepConv(C, C, 3, stride, 1),
+    "halve": lambda C, stride, affine: Identity() if stride == 1 else nn.AvgPool2d(2),
 }
 
 
@@ -649,6 +651,8 @@ def primitives(monkeypatch):
         "max_pool_5x5",
         "blur_3x3",
         "conv_7x1_1x7",
+        "sep_conv_affine",
+        "halve",
         "dil_conv_3x3_4 sep_conv_1x1 gate lp_pool_3x3",
     ],
 )

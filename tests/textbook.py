@@ -1,4 +1,4 @@
-"""The supernet edge by edge, as the paper's formulas stand: oracle and yardstick of the batched one.
+"""The supernet edge by edge, as the formulas stand: oracle and yardstick of the batched one.
 
 Fourteen MixedOps a cell, each with its own slice, operations, concatenation and shuffle. The
 parameters carry the names of the published networks; alphas and betas are plain leaf tensors.
