@@ -60,6 +60,10 @@ class Stacked(nn.ParameterList):
         pass
 
 
+def has_affine_norm(op):
+    return any(getattr(module, "affine", False) for module in op.modules())
+
+
 class Edge(nn.Module):
     """The operations of one edge that have no batched form (users' own), applied one by one."""
 
@@ -95,16 +99,22 @@ class Cell(nn.Module):
 
     def _sort_operations(self, first, last):
         """The places in PRIMITIVES of each kind of op, read off the first and the last edge."""
-        places, pools = range(len(PRIMITIVES)), (nn.MaxPool2d, nn.AvgPool2d)
-        self.seps = [o for o in places if type(last[o]) is SepConv]
-        self.dils = [o for o in places if type(last[o]) is DilConv]
-        self.pools = [o for o in places if type(last[o]) in pools and "pool" in PRIMITIVES[o]]
-        self.skips = [o for o in places if type(last[o]) is Identity]
-        self.halves = [o for o in self.skips if type(first[o]) is FactorizedReduce]
-        if self.strided and self.halves != self.skips:
-            raise ValueError("an op that is Identity at stride 1 must be FactorizedReduce at 2")
-        batched = self.seps + self.dils + self.pools + self.skips
-        self.others = [o for o in places if o not in batched and type(last[o]) is not Zero]
+
+        def kind(*types):
+            """Places whose op is of these types on both edges, with norms that learn nothing."""
+            return [
+                o
+                for o, pair in enumerate(zip(first, last, strict=True))
+                if tuple(map(type, pair)) in types and not any(map(has_affine_norm, pair))
+            ]
+
+        self.seps, self.dils = kind((SepConv, SepConv)), kind((DilConv, DilConv))
+        pools = kind((nn.MaxPool2d, nn.MaxPool2d), (nn.AvgPool2d, nn.AvgPool2d))
+        self.pools = [o for o in pools if "pool" in PRIMITIVES[o]]
+        self.halves = kind((FactorizedReduce, Identity))
+        self.skips = self.halves if self.strided else kind((Identity, Identity))
+        batched = self.seps + self.dils + self.pools + self.skips + kind((Zero, Zero))
+        self.others = [o for o in range(len(PRIMITIVES)) if o not in batched]
         # The separable convolutions: (place of the op, place in the op, padding, dilation).
         # The first of each op reads x; the second ones, of the sep_convs, stand last.
         convs = [(o, 1) for o in self.seps + self.dils] + [(o, 5) for o in self.seps]
@@ -289,6 +299,10 @@ class Cell(nn.Module):
             else:
                 with torch.no_grad():
                     tensor.copy_(value)
+        known = tuple(f"{prefix}{name}." for name in ("preprocess0", "preprocess1", "_ops"))
+        if strict:
+            own = (name for name in state if name.startswith(prefix))
+            unexpected.extend(name for name in own if not name.startswith(known))
 
 
 class Network(nn.Module):
@@ -314,7 +328,7 @@ class Network(nn.Module):
         stem="cifar",
     ):
         super().__init__()
-        if k < 1 or C % k or (C // k) % 2:
+        if k < 1 or C < 1 or C % k or (C // k) % 2:
             raise ValueError(f"C / k must be a whole, even number of channels, not {C} / {k}")
         if layers < 3:
             raise ValueError(f"layers={layers}: two of them reduce, so it takes 3 or more")

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 # Each makes a module from (N, C, H, W) to (N, C, H / stride, W / stride). An op added here is at
 # once a name for genotypes; added to genotypes.PRIMITIVES too, it is searched.
@@ -212,6 +211,14 @@ def _norm_backward(g, y, scale, inv_std, width, training):
     return torch.addcmul(shift, g, a).addcmul_(y, b), dot * inv_std
 
 
+def _refuse_second_derivatives():
+    """Under create_graph=True: what follows is no function of alphas and betas to autograd."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the supernet is once differentiable: take second derivatives by finite differences"
+        )
+
+
 class NormReLU(torch.autograd.Function):
     """relu(batch_norm(y)) of O tensors (N, C, H, W) at once: the middle of the sep_convs."""
 
@@ -224,8 +231,8 @@ class NormReLU(torch.autograd.Function):
         return tuple(_images(part, ys[0]) for part in z)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gs):
+        _refuse_second_derivatives()
         y, z, inv_std = ctx.saved_tensors
         g = torch.stack([_rows(part) for part in gs])
         g = torch.ops.aten.threshold_backward(g, z, 0)
@@ -251,8 +258,8 @@ class NormSum(torch.autograd.Function):
         return _images(out, ys[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        _refuse_second_derivatives()
         y, inv_std, scale = ctx.saved_tensors
         rows = _rows(g)
         dy, dscale = _norm_backward(rows[None], y, scale, inv_std, g.shape[3], ctx.training)
