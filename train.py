@@ -8,6 +8,8 @@ The figure that counts is the test accuracy after the last epoch; published for 
 97.43 % (the best run). What was measured with this code stands in the README.
 """
 
+import shlex
+
 import torch
 from torch import nn
 
@@ -107,7 +109,7 @@ def main(args):
 
     utils.save(model.state_dict(), folder / "weights.pt")
     log.info("best epoch: %d with %.2f %% (chosen on the test images: not a result)", *best[::-1])
-    log.info("test it again: python test.py --model_path %s", folder)
+    log.info("test it again: python test.py --model_path %s", shlex.quote(str(folder)))
     log.info(
         "test accuracy after the last epoch: %.2f %% (error %.2f %%)",
         tested["test_top1"],

@@ -9,6 +9,8 @@ validation half, and the weights on one of the training half. Prints the genotyp
 `train.py --arch RUN` trains. What was measured with this code stands in the README.
 """
 
+import shlex
+
 import torch
 from torch import nn
 
@@ -112,14 +114,19 @@ def main(args):
     genotypes.save(genotype, folder / "genotype.json")
     utils.save(model.state_dict(), folder / "weights.pt")
     log.info("genotype = %s", genotypes.text(genotype))
-    log.info("train it: python train.py --arch %s%s", folder, recipe(args, train_half))
+    flags = recipe(args, train_half)
+    log.info("train it: python train.py --arch %s%s", shlex.quote(str(folder)), flags)
 
 
 def recipe(args, images):
     """The further flags of the command that trains the cell on the same data."""
     flags = " --auxiliary --cutout" if images.images.shape[1] >= 32 else ""  # too small for a head
     flags += "" if args.set == "cifar10" else f" --set {args.set}"
-    flags += "" if args.data == "../data" or args.set == "digits" else f" --data {args.data}"
+    flags += (
+        ""
+        if args.data == "../data" or args.set == "digits"
+        else f" --data {shlex.quote(args.data)}"
+    )
     return flags + (f" --input_size {args.input_size}" if args.input_size else "")
 
 
