@@ -50,7 +50,9 @@ class Figures:
 
 
 def search_epoch(loader, valid_batches, model, criterion, architect, optimizer, args, frozen, log):
-    """One epoch of bilevel search (algorithm 1 of DARTS): an architecture step, then a weight step.
+    """One epoch of bilevel search (DARTS, algorithm 1): an architecture step, then a weight step.
+
+    README, differences 2 and 3.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
     frozen. args: unrolled, grad_clip, report_freq. Returns the training figures as a dict.
