@@ -88,7 +88,7 @@ class Architect:
 
     @contextmanager
     def _moved(self, weights, there, back):
-        """The model with its weights at `there`; after it they are `back`, bit for bit."""  # difference 6
+        """The model with its weights at `there`, then at `back`, bit for bit: difference 6."""
         try:
             _copy(there, weights)
             yield

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import io
 import json
 import logging
 import os
@@ -37,6 +38,8 @@ def run(main, get_args):
         main(get_args())
     except UserError as error:
         sys.exit(_fail(error, 2))
+    except OSError as error:  # a full disk, a folder that became read-only
+        sys.exit(_fail(f"{error}; free some space or give another --save", 2))
     except torch.OutOfMemoryError:
         hint = "lower --batch_size or --init_channels, or raise --k in a search"
         sys.exit(_fail(f"out of memory on the GPU; {hint}", 2))
@@ -197,6 +200,7 @@ def create_exp_dir(kind, save):
 
 def start_log(folder=None):
     """A logger that writes to the terminal and, where there is a run folder, to its log.txt."""
+    logging.raiseExceptions = False  # a closed terminal does not end a run
     log = logging.getLogger("pc-darts")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -248,13 +252,22 @@ def append_jsonl(path, row):
 
 
 def save(state, path):
-    """torch.save, written beside `path` and renamed over it: there is never half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """torch.save, written beside `path` and renamed over it: there is never half a file.
+
+    Raises UserError where it cannot be written, on a full disk say.
+    """
+    beside, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        with open(beside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        hint = "free some space or give another --save"
+        raise UserError(f"cannot write {path} ({error.strerror}): {hint}") from None
 
 
 def load(path, device="cpu"):
