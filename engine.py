@@ -108,13 +108,14 @@ def evaluate(loader, model, criterion, args, log):
 
 
 def check_size(model, size):
-    """Raises ValueError where `model` cannot train on images of size x size; computes nothing."""
-    on_paper = copy.deepcopy(model).to("meta").train()
+    """Raises ValueError where `model`, in its mode, cannot read images of size x size."""
+    on_paper = copy.deepcopy(model).to("meta")  # shapes alone, nothing is computed
     on_paper(torch.empty(2, 3, size, size, device="meta"))
 
 
 def finite(figures):
     """The figures; raises UserError where the loss is NaN or infinite."""
     if not abs(figures["loss"]) < float("inf"):
-        raise UserError(f"the training loss is {figures['loss']}: lower --learning_rate")
+        hint = "lower --learning_rate, or --arch_learning_rate of a search"
+        raise UserError(f"the training loss is {figures['loss']}: {hint}")
     return figures

@@ -26,12 +26,15 @@ def get_args():
     add("--model_path", required=True, help="run folder, checkpoint or weights file")
     add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
-    add("--layers", type=utils.count, default=20, help="cells")
+    add("--layers", type=utils.depth, default=20, help="cells")
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
     # The flags of the run are the defaults of this one.
     given = parser.parse_args()
     run = utils.read_args(run_folder(given)).get("args", {})
-    parser.set_defaults(**{name: run[name] for name in INHERITED if name in run})
+    run = {name: run[name] for name in INHERITED if run.get(name) is not None}
+    # As text, so that argparse checks them as it checks a user's.
+    parser.set_defaults(**{name: str(value) for name, value in run.items()})
+    parser.set_defaults(auxiliary=run.get("auxiliary") is True)
     return parser.parse_args()
 
 
@@ -41,6 +44,11 @@ INHERITED = ("data", "set", "input_size", "init_channels", "layers", "auxiliary"
 def run_folder(args):
     path = Path(args.model_path)
     return path if path.is_dir() else path.parent
+
+
+def is_colour(value):
+    numbers = isinstance(value, list) and all(isinstance(v, float) for v in value)
+    return numbers and len(value) == 3
 
 
 def main(args):
@@ -57,8 +65,13 @@ def main(args):
     log = utils.start_log()
     log.info(utils.describe(device))
     dataset = data.load(args.set, args.data, args.input_size)
+    if about.get("classes", dataset.classes) != dataset.classes:
+        raise utils.UserError(f"{args.data} has other classes than {folder} learned: give its data")
     if "mean" in about:  # the network learned on images normalized so
-        dataset = dataset._replace(mean=about["mean"], std=about["std"])
+        mean, std = about["mean"], about.get("std")
+        if not (is_colour(mean) and is_colour(std) and min(std) > 0):
+            raise utils.UserError(f"{folder}/args.json is damaged: mean or std is no three numbers")
+        dataset = dataset._replace(mean=mean, std=std)
     test = data.Batches(
         dataset.test, dataset, min(args.batch_size, len(dataset.test.labels)), device
     )
@@ -66,6 +79,7 @@ def main(args):
         model = NetworkCIFAR(
             args.init_channels, len(dataset.classes), args.layers, args.auxiliary, genotype
         )
+        engine.check_size(model.eval(), dataset.test.images.shape[1])
     utils.load_weights(model, state, path)
     figures = engine.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)
     print(

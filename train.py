@@ -28,7 +28,7 @@ def get_args():
     add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
     add("--epochs", type=utils.count, default=600, help="epochs of the training images")
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
-    add("--layers", type=utils.count, default=20, help="cells")
+    add("--layers", type=utils.depth, default=20, help="cells")
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
     add("--auxiliary_weight", type=utils.non_negative, default=0.4, help="of its loss")
     add("--drop_path_prob", type=utils.fraction, default=0.3, help="at the end; grows from 0")

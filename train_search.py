@@ -30,7 +30,7 @@ def get_args():
     add("--epochs", type=utils.count, default=50, help="epochs of the training half")
     add("--begin", type=utils.natural, default=15, help="epochs before alphas and betas move")
     add("--init_channels", type=utils.count, default=16, help="channels C of the first cell")
-    add("--layers", type=utils.count, default=8, help="cells")
+    add("--layers", type=utils.depth, default=8, help="cells")
     add("--k", type=utils.count, default=4, help="1/k of the channels go through the operations")
     add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
     add("--learning_rate", type=utils.positive, default=0.1, help="of the weights, at first")

@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,14 @@ def run(main, get_args):
         sys.exit(_fail(f"out of memory on the GPU; {hint}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit(_fail("out of memory; lower --batch_size, --init_channels or --input_size", 2))
 
 
 def _fail(message, code):
+    message = " ".join(str(message).split())
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return code
 
@@ -60,30 +66,31 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
+        message = " ".join(message.split())
+        message = message if len(message) < 500 else message[:500] + "..."
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def number(kind, low=None, high=None, above=None):
-    """An argparse type: a finite `kind` (int or float) from low to high, or more than above."""
+def number(kind, low, high, above=False):
+    """An argparse type: a `kind` (int or float) from low (not low itself if `above`) to high."""
 
     def parse(text):
         value = kind(text)
-        bounds = [(low, "at least", value.__lt__), (high, "at most", value.__gt__)]
-        bounds.append((above, "more than", value.__le__))
-        for bound, words, beyond in bounds:
-            if not np.isfinite(value) or (bound is not None and beyond(kind(bound))):
-                raise argparse.ArgumentTypeError(f"{text} must be {words} {bound}, and finite")
+        if not low <= value <= high or (above and value == low):
+            bound = f"more than {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} must be {bound} and at most {high:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
 
 
-count = number(int, low=1)
-natural = number(int, low=0)
-positive = number(float, above=0)
-non_negative = number(float, low=0)
-fraction = number(float, low=0, high=1)
+count = number(int, 1, 10**6)
+natural = number(int, 0, 2**31 - 1)
+positive = number(float, 0, 1e6, above=True)
+non_negative = number(float, 0, 1e6)
+fraction = number(float, 0, 1)
+depth = number(int, 1, 1000)
 
 
 def add_common_arguments(parser, batch_size):
@@ -103,14 +110,16 @@ def choose_device(args):
     """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there."""
     if args.device is None and args.gpu == 0 and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    name = args.device or f"cuda:{args.gpu}"
+    name = f"cuda:{args.gpu}" if args.device is None else args.device
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
     except RuntimeError:
-        raise UserError(f"--device {name} is unknown: use cpu, cuda, cuda:1 or mps") from None
+        raise UserError(f"--device {name!r} is unknown: use cpu, cuda, cuda:1 or mps") from None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" and device.index:
+        raise UserError(f"there is no {name}: use --device {device.type}")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise UserError(f"there is no {name}, only {gpus} CUDA GPUs: use another, or --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -146,6 +155,9 @@ class AverageMeter:
     """A running mean that stays on the device until it is read: no step waits for the GPU."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self):
         self.sum, self.cnt = 0.0, 0
 
     def update(self, value, n=1):
@@ -178,8 +190,12 @@ def create_exp_dir(kind, save):
 
     save may begin with the folder to put it in. Raises UserError where it cannot be made.
     """
-    parent, name = Path(save).expanduser().parent, Path(save).name
-    if not name:
+    try:
+        path = Path(save).expanduser()
+    except RuntimeError:  # of a user who does not exist
+        raise UserError(f"--save {save}: there is no such home folder; name another") from None
+    parent, name = path.parent, path.name
+    if name in ("", ".."):
         raise UserError(f"--save {save!r} names no run: give a name, such as --save EXP")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
@@ -226,13 +242,14 @@ def read_args(folder):
         return {}
     try:
         about = json.loads(path.read_text())
-        if about["format"] > FORMAT:
-            raise UserError(f"{path} is of a newer version of this code: update it")
-        return about
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged: give the flags and --model_path FILE") from None
+        newer = about["format"] > FORMAT
+        if not isinstance(about["args"], dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged: mend it, or remove it and give the flags") from None
+    if newer:
+        raise UserError(f"{path} is of a newer version of this code: update it")
+    return about
 
 
 def append_csv(path, row):
@@ -276,7 +293,9 @@ def load(path, device="cpu"):
     Raises UserError where the file is missing or is none of ours.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is an error here
+            return torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): give another file") from None
     except Exception:  # the unpickler raises whatever a damaged file makes it meet
@@ -291,7 +310,8 @@ def load_weights(model, state, path):
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+    pairs = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in pairs):
         raise UserError(f"{path} holds no weights: give a checkpoint or a state dict")
     try:
         model.load_state_dict(state, strict=True)

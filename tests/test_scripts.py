@@ -181,7 +181,14 @@ def fail(tmp_path, monkeypatch, capsys):
     [
         ("--epochs 0", ["--epochs", "at least 1"]),
         ("--epochs two", ["--epochs", "two"]),
-        ("--learning_rate nan", ["--learning_rate", "finite"]),
+        ("--learning_rate nan", ["--learning_rate", "nan"]),
+        ("--learning_rate 1e300", ["--learning_rate", "1e300"]),
+        ("--weight_decay 1e400", ["--weight_decay", "1e400"]),
+        ("--layers 99999999", ["--layers", "at most 1000"]),
+        ("--seed 18446744073709551616", ["--seed", "at most"]),
+        ("--device cpu:3", ["cpu:3"]),
+        ("--save ..", ["--save"]),
+        ("--save ~nobody-of-this-name/x", ["~nobody-of-this-name"]),
         ("--learning_rate -0.1", ["--learning_rate", "more than 0"]),
         ("--momentum 1.5", ["--momentum", "at most 1"]),
         ("--laers 8", ["--laers"]),
@@ -258,11 +265,13 @@ def test_wrong_weights(fail, runs, tmp_path):
     hacked = tmp_path / "hacked"
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "number.pt")
     torch.save(Hostile(hacked), tmp_path / "hostile.pt")
     shutil.copy(trained / "args.json", tmp_path)
     arch = f"--set digits --arch {trained}"
     assert "text.pt" in fail(f"test.py --model_path text.pt {arch}")
     assert "list.pt" in fail(f"test.py --model_path list.pt {arch}")
+    assert "number.pt" in fail(f"test.py --model_path number.pt {arch}")
     line = fail(f"test.py --model_path other.pt {arch}")
     assert "stem.0.weight" in line
     assert "hostile.pt" in fail(f"test.py --model_path hostile.pt {arch}")
@@ -273,6 +282,35 @@ def test_wrong_weights(fail, runs, tmp_path):
     assert "cells.3" in line
     line = fail(f"test.py --model_path {trained} --init_channels 8")
     assert "size mismatch" in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"args": []}, {"args": None}, {"format": 99}, {"mean": [1]}, {"std": [0.0, 0.0, 0.0]},
+        {"layers": [1]}, {"init_channels": 8.0}, {"input_size": 33}, {"classes": ["a", "b"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_arguments_beside_the_weights(fail, runs, tmp_path, change):
+    shutil.copytree(runs[1], tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "args.json").read_text())
+    [(name, value)] = change.items()
+    (about["args"] if name in about["args"] else about)[name] = value
+    (tmp_path / "run" / "args.json").write_text(json.dumps(about))
+    fail("test.py --model_path run")
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    utils.save({"epoch": 1}, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(utils.os, "fsync", full)
+    with pytest.raises(utils.UserError, match="No space left"):
+        utils.save({"epoch": 2}, tmp_path / "checkpoint.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert utils.load(tmp_path / "checkpoint.pt") == {"epoch": 1}
 
 
 class Hostile:
