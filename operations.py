@@ -142,7 +142,7 @@ def halve(x, kernel):
 def without_module_prefix(state_dict):
     """The state dict as a network saves it that is not wrapped in DataParallel."""
     prefix = "module."
-    wrapped = bool(state_dict) and all(name.startswith(prefix) for name in state_dict)
+    wrapped = all(name.startswith(prefix) for name in state_dict)
     return {name.removeprefix(prefix) if wrapped else name: state_dict[name] for name in state_dict}
 
 

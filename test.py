@@ -18,6 +18,9 @@ import utils
 from model import NetworkCIFAR
 from operations import OPS
 
+# Flags of the run that made the weights: the defaults of this one.
+INHERITED = ("data", "set", "input_size", "init_channels", "layers", "auxiliary")
+
 
 def get_args():
     parser = utils.Parser(__doc__.split("\n")[0])
@@ -28,7 +31,6 @@ def get_args():
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
     add("--layers", type=utils.depth, default=20, help="cells")
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
-    # The flags of the run are the defaults of this one.
     given = parser.parse_args()
     run = utils.read_args(run_folder(given)).get("args", {})
     run = {name: run[name] for name in INHERITED if run.get(name) is not None}
@@ -36,9 +38,6 @@ def get_args():
     parser.set_defaults(**{name: str(value) for name, value in run.items()})
     parser.set_defaults(auxiliary=run.get("auxiliary") is True)
     return parser.parse_args()
-
-
-INHERITED = ("data", "set", "input_size", "init_channels", "layers", "auxiliary")
 
 
 def run_folder(args):
@@ -54,8 +53,9 @@ def is_colour(value):
 def main(args):
     folder, path = run_folder(args), Path(args.model_path)
     about = utils.read_args(folder)
-    if about.get("script") == "train_search" and path.is_dir():
-        raise utils.UserError(f"{path} is a search: train its cell, python train.py --arch {path}")
+    if about.get("script") == "train_search":
+        hint = f"train its cell, python train.py --arch {folder}"
+        raise utils.UserError(f"{path} is of a search: {hint}")
     if path.is_dir():
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
     state = utils.load(path)

@@ -41,7 +41,7 @@ def run(main, get_args):
         sys.exit(_fail(error, 2))
     except OSError as error:  # a full disk, a folder that became read-only
         sys.exit(_fail(f"{error}; free some space or give another --save", 2))
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         hint = "lower --batch_size or --init_channels, or raise --k in a search"
         sys.exit(_fail(f"out of memory on the GPU; {hint}", 2))
     except KeyboardInterrupt:
