@@ -25,10 +25,11 @@ from genotypes import PRIMITIVES, Genotype
 from operations import (
     MOMENTUM,
     OPS,
+    Depthwise,
     DilConv,
     FactorizedReduce,
     Identity,
-    NormReLU,
+    NormReLUDepthwise,
     NormSum,
     ReLUConvBN,
     SepConv,
@@ -37,6 +38,11 @@ from operations import (
     halve,
     without_module_prefix,
 )
+
+
+# Up to this size what a wave computes lies in one tensor. (glibc gives larger ones back to the
+# system at once, and a new one costs a page fault for every 4 KiB: more than computing it.)
+LARGE = 2**25
 
 
 def edges_by_source(steps):
@@ -48,6 +54,14 @@ def edges_by_source(steps):
     targets = [steps - max(0, i - 1) for i in sources]
     order = [j * (j + 3) // 2 + i for i in sources for j in range(max(0, i - 1), steps)]
     return targets, order
+
+
+def waves(steps):
+    """(number of sources, of targets of each) in the order in which a cell works on its nodes.
+
+    Both input nodes have all nodes as targets, so they go together.
+    """
+    return [(2, steps)] + [(1, steps - j) for j in range(1, steps)]
 
 
 class Stacked(nn.ParameterList):
@@ -81,12 +95,14 @@ class Cell(nn.Module):
     def __init__(self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, k):
         super().__init__()
         self.reduction, self.multiplier, self.k, self.c = reduction, multiplier, k, C // k
+        self.recompute = False
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self.targets, self.order = edges_by_source(steps)
+        self.waves = waves(steps)
         self.strided = sum(self.targets[:2]) if reduction else 0  # edges with stride 2: the first
         edges = [  # by target, as published, each op with its own initial weights
             [OPS[name](self.c, 2 if reduction and i < 2 else 1, False) for name in PRIMITIVES]
@@ -108,21 +124,30 @@ class Cell(nn.Module):
                 if tuple(map(type, pair)) in types and not any(map(has_affine_norm, pair))
             ]
 
-        self.seps, self.dils = kind((SepConv, SepConv)), kind((DilConv, DilConv))
+        def keeps_size(op, dilation):
+            """Whether its k x k convolutions, k odd, have this dilation and pad to the same size."""
+            convs = [m for m in op.op if isinstance(m, nn.Conv2d) and m.groups > 1]
+            return all(
+                conv.kernel_size == (k, k)
+                and k % 2
+                and conv.dilation == (dilation, dilation)
+                and conv.padding == (dilation * (k // 2),) * 2
+                for conv in convs
+                for k in conv.kernel_size[:1]
+            )
+
+        self.seps = [o for o in kind((SepConv, SepConv)) if keeps_size(last[o], 1)]
+        self.dils = [o for o in kind((DilConv, DilConv)) if keeps_size(last[o], 2)]
         pools = kind((nn.MaxPool2d, nn.MaxPool2d), (nn.AvgPool2d, nn.AvgPool2d))
         self.pools = [o for o in pools if "pool" in PRIMITIVES[o]]
         self.halves = kind((FactorizedReduce, Identity))
         self.skips = self.halves if self.strided else kind((Identity, Identity))
         batched = self.seps + self.dils + self.pools + self.skips + kind((Zero, Zero))
         self.others = [o for o in range(len(PRIMITIVES)) if o not in batched]
-        # The separable convolutions: (place of the op, place in the op, padding, dilation).
-        # The first of each op reads x; the second ones, of the sep_convs, stand last.
-        convs = [(o, 1) for o in self.seps + self.dils] + [(o, 5) for o in self.seps]
-        self.convs = [(o, at, last[o].op[at].padding, last[o].op[at].dilation) for o, at in convs]
         # Pools have no weights: one for all targets of a source.
         self.pool_ops = nn.ModuleList(
-            nn.ModuleList((first if i < 2 else last)[o] for o in self.pools)
-            for i in range(len(self.targets))
+            nn.ModuleList((last if w else first)[o] for o in self.pools)
+            for w in range(len(self.waves))
         )
 
     def _stack_weights(self, edges):
@@ -132,25 +157,43 @@ class Cell(nn.Module):
         def stack(modules):
             return nn.Parameter(torch.stack([module.weight.detach() for module in modules]))
 
-        # Pointwise (E, c, c, 1, 1) * depthwise (E, 1, c, k, k) is the kernel (E, c, c, k, k).
+        # (op, place in the op) of the separable convolutions: the first ones of the sep_convs, their
+        # second ones, the dil_convs.
         self.depthwise, self.pointwise = Stacked(), Stacked()
-        for o, at, *_ in self.convs:
-            depthwise = stack(edge[o].op[at] for edge in edges)  # (E, c, 1, k, k)
-            self.depthwise.append(nn.Parameter(depthwise.detach().transpose(1, 2).contiguous()))
-            self.pointwise.append(stack(edge[o].op[at + 1] for edge in edges))
+        firsts, seconds = [(o, 1) for o in self.seps], [(o, 5) for o in self.seps]
+        groups = [firsts, seconds, [(o, 1) for o in self.dils]]
+        self.convs = [group for group in groups if group]
+        for group in self.convs:
+            for o, at in group:
+                self.depthwise.append(stack(edge[o].op[at] for edge in edges))  # (E, c, 1, k, k)
+            parts = [torch.stack([edge[o].op[at + 1].weight for edge in edges]) for o, at in group]
+            parts = torch.stack(parts, 1).detach()  # (E, ops, c, c, 1, 1)
+            self.pointwise.append(nn.Parameter(parts))
         self.half_1, self.half_2 = Stacked(), Stacked()  # (strided edges, c / 2, c, 1, 1)
         for o in self.halves:
             self.half_1.append(stack(edge[o].conv_1 for edge in edges[: self.strided]))
             self.half_2.append(stack(edge[o].conv_2 for edge in edges[: self.strided]))
-        for name, shape in {
-            "middle": (len(self.seps), E * c),  # the norms inside the sep_convs
-            "last": (len(self.seps + self.dils + self.halves), E * c),
-            "pool": (len(self.targets), len(self.pools) * c),
-        }.items():
-            self.register_buffer(f"{name}_mean", torch.zeros(shape))
-            self.register_buffer(f"{name}_var", torch.ones(shape))
+        # The rows of the running figures: for each wave the norms inside the sep_convs, then the
+        # last ones of the sep_convs, dil_convs and halves, then those of the pools.
+        self.middle_rows, self.last_rows = [], []
+        row = 0
+        for w, (S, T) in enumerate(self.waves):
+            middle, halves = S * T * len(self.seps), len(self.halves) * (self._stride(w) == 2)
+            last = S * T * (len(self.seps + self.dils) + halves) + S * len(self.pools)
+            self.middle_rows.append(slice(row, row + middle))
+            self.last_rows.append(slice(row + middle, row := row + middle + last))
+        self.register_buffer("running_mean", torch.zeros(row, c))
+        self.register_buffer("running_var", torch.ones(row, c))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.register_buffer("eye", torch.eye(c))
+        places = self._mixture_places()
+        self.shapes = [part.shape for part in places]
+        self.register_buffer("places", torch.cat([part.flatten() for part in places]))
+        normed = [torch.ones(part.shape) for part in places]
+        for w, ((S, _), part) in enumerate(zip(self.waves, normed, strict=True)):
+            plain = S * len(self.skips) if self._stride(w) == 1 else 0
+            part[:, part.shape[1] - plain :] = 0
+        self.register_buffer("normed", torch.cat([part.flatten() for part in normed]))
         self._ops = nn.ModuleList(Edge() for _ in edges if self.others)
         for e, edge in zip(self.order, edges, strict=True):
             for o in self.others:
@@ -159,95 +202,155 @@ class Cell(nn.Module):
                     op = nn.Sequential(op, nn.BatchNorm2d(c, affine=False))
                 self._ops[e]._ops[str(o)] = op
 
-    def forward(self, s0, s1, coefficients, betas):
+    def _stride(self, wave):
+        return 2 if self.reduction and wave == 0 else 1
+
+    def _mixture_places(self):
+        """Of each wave where in a row of all coefficients (E, ops) the entries of W stand, (T, blocks).
+
+        W is the matrix of operations.NormSum: an edge's ops go to its own target, the pools and the
+        skip_connect of a source to all. -1 stands for zero. `skips`, the last, are not normalized.
+        """
+        places = torch.arange(len(self.order) * len(PRIMITIVES)).view(-1, len(PRIMITIVES))
+        matrices = []
+        for w, part in enumerate(places.split([S * T for S, T in self.waves])):
+            S, T = self.waves[w]
+            part = part.view(S, T, -1)
+            halves, skips = (self.skips, []) if self._stride(w) == 2 else ([], self.skips)
+            own = torch.eye(T, dtype=torch.bool)[:, None, :, None]
+            blocks = []
+            for ops in (self.seps, self.dils, *([o] for o in halves)):
+                blocks.append(torch.where(own, part[:, :, ops], -1).flatten(1))
+            blocks.append(part[:, :, self.pools + skips].permute(1, 2, 0).flatten(1))
+            matrices.append(torch.cat(blocks, 1))
+        return matrices
+
+    def mixtures(self, coefficients):
+        """(W, W_normed) of operations.NormSum, (T, blocks), for each wave; coefficients (E, ops)."""
+        row = F.pad(coefficients.flatten(), (0, 1))
+        flat, sizes = row[self.places], [T * blocks for T, blocks in self.shapes]
+        normed = (flat.detach() * self.normed).split(sizes)
+        pairs = zip(flat.split(sizes), normed, self.shapes, strict=True)
+        return [(W.view(shape), W_normed.view(shape)) for W, W_normed, shape in pairs]
+
+    def forward(self, s0, s1, coefficients, betas, mixtures):
         """The output (N, multiplier * C, H, W), from those of the two cells before, ReLU'd.
 
-        coefficients: softmax(alpha) * softmax(beta), (E, ops); betas: softmax(beta), (E,); both by
-        source.
+        coefficients: softmax(alpha) * softmax(beta), (E, ops); betas: softmax(beta), (S, T) of each wave; both by
+        source. mixtures: as `mixtures` gives them.
         """
         if self.training:
             self.num_batches_tracked += 1
         states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
-        kernels, scales, linears = self._weights(coefficients)
+        weights = self._weights()
+        moments = [] if self.training else None
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
-        start = 0
-        for i, T in enumerate(self.targets):
-            edges, start = slice(start, start + T), start + T
-            if i >= 2:  # node i has all its edges
-                node, mixed = mixed.split([self.c, T * self.c], 1)
-                passed, bypass = bypass.split([1, T]) if self.k > 1 else (None, None)
-                states.append(self._node(node, passed))
-            x = states[i]
-            if self.k > 1:
-                x, rest = x.split([self.c, x.shape[1] - self.c], 1)
-                x = x.contiguous(memory_format=torch.channels_last)
-                bypass = self._pass_by(bypass, rest, betas[edges], edges.start < self.strided)
-            kernel = [kernel[i] for kernel in kernels]
-            mixed = self._mix(mixed, x, i, edges, kernel, scales[i], linears[i])
+        start, sources = 0, states
+        for w, (S, T) in enumerate(self.waves):
+            edges, start = slice(start, start + S * T), start + S * T
+            parts = [source.split([self.c, source.shape[1] - self.c], 1) for source in sources]
+            x = torch.cat([mixed_part for mixed_part, _ in parts], 1)
+            mixed = self._mix(mixed, x, w, weights[w], mixtures[w], moments)
             for o in self.others:
                 ops = [self._ops[e]._ops[str(o)] for e in self.order[edges]]
-                outs = [w * op(x) for w, op in zip(coefficients[edges, o], ops, strict=True)]
-                outs = torch.cat(outs, 1)
+                inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
+                outs = zip(coefficients[edges, o], ops, inputs, strict=True)
+                outs = [weight * op(x) for weight, op, x in outs]
+                outs = sum(torch.cat(outs[s * T : s * T + T], 1) for s in range(S))
                 mixed = outs if mixed is None else mixed + outs
-        states.append(self._node(mixed, bypass))
+            if self.k > 1:
+                for (_, rest), row in zip(parts, betas[w], strict=True):
+                    bypass = self._pass_by(bypass, rest, row, self._stride(w))
+            node, passed = mixed, bypass  # the first of the targets has all its edges now
+            if T > 1:
+                node, mixed = mixed.split([self.c, (T - 1) * self.c], 1)
+                passed, bypass = bypass.split([1, T - 1]) if self.k > 1 else (None, None)
+            states.append(self._node(node, passed))
+            sources = states[-1:]
+        if moments:
+            self._follow(moments, node.numel() // self.c)
         return torch.cat(states[-self.multiplier :], dim=1)
 
-    def _weights(self, coefficients):
-        """Lists by source: of each convolution its kernels, scales of the norms, pools and skip.
+    def _weights(self):
+        """Of each wave: depthwise kernels and P of the first sep_convs, of the second, of the dils.
 
-        Kernels are (T * c, c, k, k), scales (ops, T * c); pools and skip together are one 1x1
-        kernel, (T * c, ops * c, 1, 1).
+        Depthwise (edges, ops, c, k, k), smaller kernels padded to the largest; P (blocks, c, c).
         """
-        c, channels = self.c, [T * self.c for T in self.targets]
-        kernels = []
-        for pointwise, depthwise in zip(self.pointwise, self.depthwise, strict=True):
-            kernels.append((pointwise * depthwise).flatten(0, 1).split(channels))
-        for half_1, half_2 in zip(self.half_1, self.half_2, strict=True):  # of two sources only
-            kernel = factorized_kernel(half_1, half_2).flatten(0, 1).split(channels[:2])
-            kernels.append(kernel + (None,) * (len(channels) - 2))
-        scales = coefficients[:, self.seps + self.dils + self.skips].t()  # (ops, E)
-        scales = scales.repeat_interleave(c, 1).split(channels, 1)
-        linears = coefficients[:, None, self.pools + self.skips, None] * self.eye[:, None]
-        linears = linears.flatten(2).flatten(0, 1)[:, :, None, None]  # (E * c, ops * c, 1, 1)
-        return kernels, scales, linears.split(channels)
+        edges = [S * T for S, T in self.waves]
+        weights = [[] for _ in edges]
+        kernels = iter(self.depthwise)
+        for group, P in zip(self.convs, self.pointwise, strict=True):
+            depthwise = [next(kernels).squeeze(2) for _ in group]
+            size = max(kernel.shape[-1] for kernel in depthwise)
+            margins = [(size - kernel.shape[-1]) // 2 for kernel in depthwise]
+            pairs = zip(depthwise, margins, strict=True)
+            depthwise = [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs]
+            depthwise = torch.stack(depthwise, 1)
+            turned = depthwise.detach().flip(3, 4).split(edges)
+            depthwise, P = depthwise.split(edges), P.flatten(3).split(edges)
+            for w in range(len(edges)):
+                weights[w].append((depthwise[w], turned[w], P[w].flatten(0, 1)))
+        return weights
 
-    def _mix(self, mixed, x, i, edges, kernels, scale, linear):
-        """`mixed` (N, T * c, H, W) + source i's weighted operations on x (N, c, H, W)."""
-        stride = 2 if edges.start < self.strided else 1
-        columns = slice(edges.start * self.c, edges.stop * self.c)
-        n, readers = len(self.seps), len(self.seps + self.dils)
-        relu, ys = x.relu(), []
-        for kernel, (_, _, padding, dilation) in zip(
-            kernels[:readers], self.convs[:readers], strict=True
-        ):
-            ys.append(F.conv2d(relu, kernel, None, stride, padding, dilation))
-        if n:
-            running = self.middle_mean[:, columns], self.middle_var[:, columns]
-            zs = NormReLU.apply(*running, self.training, *ys[:n])
-            T = edges.stop - edges.start
-            for s, z in enumerate(zs):
-                padding = self.convs[readers + s][2]
-                ys[s] = F.conv2d(z, kernels[readers + s], None, 1, padding, groups=T)
-        if stride == 2:
-            ys += [halve(relu, kernel) for kernel in kernels[len(self.convs) :]]
-        plain = [x] * len(self.skips) if stride == 1 else []
-        if self.pools:
-            pooled = torch.cat([pool(x) for pool in self.pool_ops[i]], 1)
-            running = self.pool_mean[i], self.pool_var[i]
-            pooled = F.batch_norm(pooled, *running, training=self.training, momentum=MOMENTUM)
-            plain.insert(0, pooled)
-        if plain:
-            plain = torch.cat(plain, 1)
-            plain = F.conv2d(plain, linear[:, : plain.shape[1]])
-            mixed = plain if mixed is None else plain + mixed
-        if not ys:
+    @torch.no_grad()
+    def _follow(self, moments, pixels):
+        """The running figures follow the (-mean, variance) of all norms over this many pixels."""
+        minus_mean, var = (torch.cat(figures).squeeze(2) for figures in zip(*moments, strict=True))
+        self.running_mean.mul_(1 - MOMENTUM).sub_(minus_mean, alpha=MOMENTUM)
+        self.running_var.lerp_(var.mul_(pixels / max(pixels - 1, 1)), MOMENTUM)
+
+    def _mix(self, mixed, x, w, weights, mixture, moments):
+        """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W)."""
+        W, W_normed = mixture
+        if not W.shape[1]:
             return mixed
-        running = self.last_mean[: len(ys), columns], self.last_var[: len(ys), columns]
-        return NormSum.apply(*running, self.training, mixed, scale[: len(ys)], *ys)
+        (S, T), stride, weights = self.waves[w], self._stride(w), list(weights)
+        firsts, seconds = [weights.pop(0), weights.pop(0)] if self.seps else [None, None]
+        dils = weights.pop() if self.dils else None
 
-    def _pass_by(self, bypass, rest, betas, strided):
+        def running(rows):
+            return self.running_mean[rows], self.running_var[rows], moments
+
+        def depthwise(x, *groups, dilations):
+            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
+            return Depthwise.apply(x, dilations, [turned for _, turned, _ in groups], *kernels)
+
+        hs, Ps = [], []  # the operations' outputs before their last 1x1 convolution, and that
+        if stride == 1:
+            groups = [group for group in (firsts, dils) if group]
+            dilations = [1 if group is firsts else 2 for group in groups]
+            if groups:
+                hs += depthwise(x, *groups, dilations=dilations)
+        else:
+            relu = x.relu()
+            if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
+                kernel = (firsts[0].unsqueeze(3) * self.eye[:, :, None, None]).flatten(0, 2)
+                hs.append(F.conv2d(relu, kernel, None, 2, kernel.shape[3] // 2, groups=S))
+            if dils:  # with stride and dilation 2 it reads every other pixel alone
+                hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
+            for parts in zip(self.half_1, self.half_2, strict=True):
+                hs.append(halve(relu, factorized_kernel(*parts).flatten(0, 1), groups=S))
+        if firsts:
+            kernel, turned, P = seconds
+            rows = running(self.middle_rows[w])
+            hs[0] = NormReLUDepthwise.apply(*rows, self.recompute, turned, hs[0], firsts[2], kernel)
+            Ps.append(P)
+        if dils:
+            Ps.append(dils[2])
+        plain = [x] * len(self.skips) if stride == 1 else []
+        pooled = [pool(x) for pool in self.pool_ops[w]] + plain
+        if sum(h.nbytes for h in hs + pooled) <= LARGE:
+            hs, pooled = [], hs + pooled
+        if pooled:
+            hs.append(torch.cat(pooled, 1))
+        without = W.shape[1] - sum(map(len, Ps))  # blocks whose norm is behind no convolution
+        P = torch.cat([*Ps, self.eye.expand(without, -1, -1)])
+        rows, plain = running(self.last_rows[w]), S * len(plain)
+        return NormSum.apply(*rows, plain, mixed, W_normed, W, P, *hs)
+
+    def _pass_by(self, bypass, rest, betas, stride):
         """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c))."""
-        if strided:
+        if stride == 2:
             rest = F.max_pool2d(rest, 2, 2)
         rest = rest.permute(0, 2, 3, 1).flatten()
         return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
@@ -263,26 +366,38 @@ class Cell(nn.Module):
 
     def _released(self):
         """(name in a released state dict, tensor or view here) of all that is stored by source."""
-        c, sources = self.c, [i for i, T in enumerate(self.targets) for _ in range(T)]
-        for place, e in enumerate(self.order):
-            own, strided = slice(place * c, (place + 1) * c), place < self.strided
-            for (o, at, *_), dw, pw in zip(self.convs, self.depthwise, self.pointwise, strict=True):
-                yield f"_ops.{e}._ops.{o}.op.{at}.weight", dw[place].transpose(0, 1)
-                yield f"_ops.{e}._ops.{o}.op.{at + 1}.weight", pw[place]
-            norms = [("middle", n, own, o, "op.3") for n, o in enumerate(self.seps)]
-            last = [(o, "op.7") for o in self.seps] + [(o, "op.3") for o in self.dils]
-            for n, o in enumerate(self.halves if strided else []):
-                yield f"_ops.{e}._ops.{o}.conv_1.weight", self.half_1[n][place]
-                yield f"_ops.{e}._ops.{o}.conv_2.weight", self.half_2[n][place]
-                last.append((o, "bn"))
-            norms += [("last", n, own, o, at) for n, (o, at) in enumerate(last)]
-            for n, o in enumerate(self.pools):  # the same on all edges that leave a node
-                norms.append(("pool", sources[place], slice(n * c, (n + 1) * c), o, "1"))
-            for buffer, row, columns, o, at in norms:
-                name = f"_ops.{e}._ops.{o}.{at}"
-                yield f"{name}.running_mean", getattr(self, f"{buffer}_mean")[row, columns]
-                yield f"{name}.running_var", getattr(self, f"{buffer}_var")[row, columns]
-                yield f"{name}.num_batches_tracked", self.num_batches_tracked
+        n, m = len(self.seps), len(self.dils)
+        place = 0
+        for w, (S, T) in enumerate(self.waves):
+            halves = len(self.halves) if self._stride(w) == 2 else 0
+            for local in range(S * T):
+                e, last = self.order[place], self.last_rows[w].start
+                depthwise = iter(self.depthwise)
+                for group, pointwise in zip(self.convs, self.pointwise, strict=True):
+                    for i, (o, at) in enumerate(group):
+                        yield f"_ops.{e}._ops.{o}.op.{at}.weight", next(depthwise)[place]
+                        yield f"_ops.{e}._ops.{o}.op.{at + 1}.weight", pointwise[place, i]
+                norms = []  # (op, place in the op, row of the running figures)
+                for i, o in enumerate(self.seps):
+                    norms.append((o, "op.3", self.middle_rows[w].start + local * n + i))
+                    norms.append((o, "op.7", last + local * n + i))
+                last += S * T * n
+                for i, o in enumerate(self.dils):
+                    norms.append((o, "op.3", last + local * m + i))
+                last += S * T * m
+                for i, o in enumerate(self.halves if halves else []):
+                    yield f"_ops.{e}._ops.{o}.conv_1.weight", self.half_1[i][place]
+                    yield f"_ops.{e}._ops.{o}.conv_2.weight", self.half_2[i][place]
+                    norms.append((o, "bn", last + local + i * S * T))
+                last += S * T * halves
+                for i, o in enumerate(self.pools):  # the same on all edges that leave a node
+                    norms.append((o, "1", last + i * S + local // T))
+                for o, at, row in norms:
+                    name = f"_ops.{e}._ops.{o}.{at}"
+                    yield f"{name}.running_mean", self.running_mean[row]
+                    yield f"{name}.running_var", self.running_var[row]
+                    yield f"{name}.num_batches_tracked", self.num_batches_tracked
+                place += 1
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, tensor in self._released():
@@ -411,11 +526,14 @@ class Network(nn.Module):
         return torch.cat([part.softmax(0) for part in betas])
 
     def _coefficients(self, kind):
-        """(softmax(alpha) * softmax(beta) (E, ops), softmax(beta) (E,)), by source."""
-        order = self.cells[0].order
-        betas = self.edge_weights(kind)[order]
-        alphas = getattr(self, f"alphas_{kind}")[order].softmax(-1)
-        return alphas * betas[:, None], betas
+        """The arguments of cells: softmax(alpha) * softmax(beta), softmax(beta), mixtures."""
+        cell = next(cell for cell in self.cells if cell.reduction == (kind == "reduce"))
+        betas = self.edge_weights(kind)[cell.order]
+        alphas = getattr(self, f"alphas_{kind}")[cell.order].softmax(-1)
+        coefficients = alphas * betas[:, None]
+        edges = [S * T for S, T in cell.waves]
+        betas = [part.view(wave) for part, wave in zip(betas.split(edges), cell.waves, strict=True)]
+        return coefficients, betas, cell.mixtures(coefficients)
 
     def _loss(self, input, target):
         return self._criterion(self(input), target)

@@ -1,5 +1,7 @@
 """The candidate operations of a cell (DARTS, section 3.1.1) and the blocks of cells."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -131,12 +133,12 @@ def factorized_kernel(first, second):
     return torch.cat([F.pad(first, (0, 1, 0, 1)), F.pad(second, (1, 0, 1, 0))], dim=-4)
 
 
-def halve(x, kernel):
+def halve(x, kernel, groups=1):
     """x (N, C_in, H, W) through a factorized kernel (C, C_in, 2, 2): (N, C, H / 2, W / 2)."""
     if x.shape[2] % 2 or x.shape[3] % 2:
         size = f"{x.shape[2]} x {x.shape[3]}"
         raise ValueError(f"a map of {size} cannot be halved: give images whose maps stay even")
-    return F.conv2d(x, kernel, stride=2)
+    return F.conv2d(x, kernel, stride=2, groups=groups)
 
 
 def without_module_prefix(state_dict):
@@ -146,69 +148,117 @@ def without_module_prefix(state_dict):
     return {name.removeprefix(prefix) if wrapped else name: state_dict[name] for name in state_dict}
 
 
-# Batch norms of many edges at once, for the supernet. Norms over few channels are slow as matrices
-# (N * H * W, C). In channels_last the same memory is a matrix (N * H, W * C) of long rows, on which
-# sums, scales and shifts run at memory speed; figures per channel are tiled W times for it.
+# The batched operations of the supernet.
+#
+# A batch norm behind a 1x1 convolution is another 1x1 convolution. With y = P h at every pixel,
+#     mean(y) = P mean(h),  mean(y^2) = diag(P mean(h h^T) P^T),
+#     norm(y) = A h + b,  A = P / std(y),  b = -mean(y) / std(y),
+# so c + c * c figures a block are all that the norm needs of a batch: y is never made nor kept,
+# and a weighted sum of norms is one convolution with the weighted A side by side. Backward, with
+# g = dL/dnorm(y), dA = sum(g h^T) and db = sum(g) over the m pixels, r = diag(dA A^T) + db b,
+#     dL/dh = A^T g - (A^T diag(r) A h + A^T (db + r b)) / m,
+#     dL/dP = (dA - (db + r b) mean(h)^T - r A mean(h h^T)) / std(y).
+#
+# Tensors (N, G * c, H, W) are G blocks of c channels; a matrix (G, c, c) acts on each block apart.
 EPS, MOMENTUM = 1e-5, 0.1  # of every batch norm: PyTorch's defaults
 
 
-def _rows(x):
-    """(N, C, H, W) in channels_last as the matrix (N * H, W * C)."""
-    n, c, h, w = x.shape
-    return x.permute(0, 2, 3, 1).reshape(n * h, w * c)
+def _conv_backward(which, g, x, weight, groups=1, padding=(0, 0), dilation=1):
+    """The gradient of a convolution with respect to "x", "weight" (its shape counts) or "bias"."""
+    mask = [name in which for name in ("x", "weight", "bias")]
+    geometry = [1, 1], list(padding), [dilation, dilation], False, [0, 0], groups
+    gradients = torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, mask)
+    return [gradient for gradient, wanted in zip(gradients, mask, strict=True) if wanted]
 
 
-def _images(rows, like):
-    """Back from rows to the shape (N, C, H, W) of `like`, in channels_last."""
-    n, c, h, w = like.shape
-    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+def _shape(x, *size):
+    """A tensor of this size for _conv_backward, without memory of its own."""
+    return x[:1, :1, :1, :1].expand(*size)
 
 
-def _per_channel(columns, C):
-    """Sums (O, W * C) to sums (O, C)."""
-    return columns.view(len(columns), -1, C).sum(1)
+@functools.cache
+def _eye(n, dtype, device):
+    return torch.eye(n, dtype=dtype, device=device)
 
 
-def _tile(figures, width):
-    """Per-channel figures (O, C) as (O, 1, W * C)."""
-    return figures.repeat(1, width).unsqueeze(1)
+@functools.cache
+def _repeated_eye(S, c, R, dtype, device):
+    """The kernel that sums each of R copies of c channels, in S groups: (S * c, R * c, 1, 1)."""
+    return _eye(c, dtype, device).repeat(S, R)[:, :, None, None]
 
 
-def _standardize(ys, running_mean, running_var, training):
-    """O tensors (N, C, H, W) less their mean, as rows (O, N * H, W * C), and 1 / std (O, C).
+def _blocks_per_group(G, c):
+    """How many blocks make a group of a 1x1 convolution: some 16 channels, a vector register."""
+    return max(n for n in range(1, max(1, 20 // c) + 1) if G % n == 0)
 
-    Of the batch in training, and the running figures (O, C) follow as in nn.BatchNorm2d; else of
-    those.
+
+def _blockwise(h, A, b=None):
+    """A h + b in every block: h (N, G * c, H, W), A (G, c, c), b (G, c, 1)."""
+    G, c, _ = A.shape
+    n = _blocks_per_group(G, c)
+    if n > 1:  # n blocks of c are one of n * c with zeros off the diagonal
+        A = A.unflatten(0, (G // n, n)).unsqueeze(3) * _eye(n, A.dtype, A.device)[:, None, :, None]
+    kernel = A.reshape(G * c, n * c, 1, 1).to(h.dtype)
+    return F.conv2d(h, kernel, None if b is None else b.flatten().to(h.dtype), groups=G // n)
+
+
+def _sums(g, h, c):
+    """The sums over all pixels of g h^T, (G, c, c), and of g, (G, c, 1), for every block."""
+    G = h.shape[1] // c
+    n = _blocks_per_group(G, c)
+    # They are the gradients of a 1x1 convolution's kernel and bias.
+    outer, total = _conv_backward(["weight", "bias"], g, h, _shape(h, G * c, n * c, 1, 1), G // n)
+    if n > 1:
+        outer = outer.reshape(G // n, n, c, n, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return outer.reshape(G, c, c), total.view(G, c, 1)
+
+
+class _Norm:
+    """norm(P h) = A h + b, of blocks that lie in the tensors hs in this order, and its backward.
+
+    In training `moments` is a list, to which -mean and variance of P h, (G, c, 1), are added; else
+    it is None, and the running figures (G, c) count. The last `plain` blocks, with identical
+    matrices in P, are not normalized.
     """
-    n, C, h, width = ys[0].shape
-    m = n * h * width
-    y = torch.stack([_rows(part) for part in ys])
-    if not training:
-        return y.sub_(_tile(running_mean, width)), (running_var + EPS).rsqrt()
-    mean = _per_channel(y.sum(1), C) / m
-    y.sub_(_tile(mean, width))
-    var = _per_channel((y * y).sum(1), C) / m
-    running_mean.lerp_(mean, MOMENTUM)
-    running_var.lerp_(var * (m / max(m - 1, 1)), MOMENTUM)
-    return y, (var + EPS).rsqrt()
+
+    def __init__(self, hs, P, running_mean, running_var, moments, plain=0):
+        c = P.shape[1]
+        self.pixels = hs[0].numel() // hs[0].shape[1]
+        self.normed = normed = len(P) - plain
+        self.trained = moments is not None
+        if self.trained:
+            outer, self.sum = (_joined(parts, P) for parts in zip(*(_sums(h, h, c) for h in hs)))
+            self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
+            minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
+            var = (self.P_outer * P).sum(2, keepdim=True).addcmul_(minus_mean, minus_mean, value=-1)
+            var.clamp_min_(0)  # by rounding it can be below
+            moments.append((minus_mean[:normed], var[:normed]))
+        else:
+            minus_mean = F.pad(-running_mean, (0, 0, 0, plain)).unsqueeze(2)
+            var = F.pad(running_var, (0, 0, 0, plain)).unsqueeze(2)
+        inv_std = (var + EPS).rsqrt_()
+        self.A, self.b, self.inv_std = inv_std * P, inv_std * minus_mean, inv_std
+        if plain:
+            self.A[normed:], self.b[normed:] = P[normed:], 0
+
+    def backward(self, dA, db, dP_too):
+        """dL/dP, and D and e for dL/dh = A^T g - (D h + e) / m; dA and db are 0 in plain blocks."""
+        if not self.trained:
+            return self.inv_std * dA, None, None
+        r = (dA * self.A).sum(2, keepdim=True).addcmul_(db, self.b)
+        shift, dP = torch.addcmul(db, r, self.b), None
+        if dP_too:
+            dP = torch.baddbmm(dA, shift, self.sum.mT, alpha=-1 / self.pixels)
+            dP = dP.addcmul_(self.P_outer, r * self.inv_std, value=-1).mul_(self.inv_std)
+        return dP, torch.bmm(self.A.mT, self.A * r), torch.bmm(self.A.mT, shift)
+
+    def add_input_gradient(self, dh, h, D, e):
+        """dh - (D h + e) / m, in dh."""
+        return dh.add_(_blockwise(h, D, e), alpha=-1 / self.pixels) if self.trained else dh
 
 
-def _norm_backward(g, y, scale, inv_std, width, training):
-    """Gradients with respect to (O, N * H, W * C) inputs of norms, and with respect to their scale.
-
-    y is centred; output = scale * inv_std * y. With a = scale * inv_std and m values per channel:
-    dy = a * (g - mean(g) - y * inv_std^2 * mean(g * y)), dscale = inv_std * sum(g * y).
-    """
-    C = inv_std.shape[1]
-    m = y.shape[1] * width
-    a = scale * inv_std
-    dot = _per_channel((g * y).sum(1), C)
-    if not training:
-        return g * _tile(a, width), dot * inv_std
-    total = _per_channel(g.sum(1), C)
-    b, shift = a * inv_std.square() * dot / -m, a * total / -m
-    a, b, shift = _tile(torch.cat([a, b, shift]), width).chunk(3)
-    return torch.addcmul(shift, g, a).addcmul_(y, b), dot * inv_std
+def _joined(tensors, like):
+    return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(like.dtype)
 
 
 def _refuse_second_derivatives():
@@ -219,49 +269,175 @@ def _refuse_second_derivatives():
         )
 
 
-class NormReLU(torch.autograd.Function):
-    """relu(batch_norm(y)) of O tensors (N, C, H, W) at once: the middle of the sep_convs."""
+class Depthwise(torch.autograd.Function):
+    """Depthwise k x k convolutions of relu(x), R of each channel, for each of the weights.
+
+    x (N, S * c, H, W), weights (S, R, c, k, k), k odd, with a dilation and a kernel turned by 180
+    degrees for each of them; the padding keeps the size. Returns a tensor (N, S * R * c, H, W) for each of the weights.
+    """
 
     @staticmethod
-    def forward(ctx, running_mean, running_var, training, *ys):
-        y, inv_std = _standardize(ys, running_mean, running_var, training)
-        z = (y * _tile(inv_std, ys[0].shape[3])).relu_()
-        ctx.save_for_backward(y, z, inv_std)
-        ctx.training = training
-        return tuple(_images(part, ys[0]) for part in z)
+    def forward(ctx, x, dilations, turned, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.dilations, ctx.turned = dilations, turned
+        x = x.relu()
+        spread = {weight.shape[1]: _spread(x, weight) for weight in weights}  # once, where R agree
+        return tuple(
+            _depthwise(spread[weight.shape[1]], weight, dilation)
+            for weight, dilation in zip(weights, dilations, strict=True)
+        )
 
     @staticmethod
     def backward(ctx, *gs):
         _refuse_second_derivatives()
-        y, z, inv_std = ctx.saved_tensors
-        g = torch.stack([_rows(part) for part in gs])
-        g = torch.ops.aten.threshold_backward(g, z, 0)
-        dy, _ = _norm_backward(g, y, 1, inv_std, gs[0].shape[3], ctx.training)
-        return None, None, None, *(_images(part, gs[0]) for part in dy)
+        x, *weights = ctx.saved_tensors
+        dspread, dweights = {}, [None] * len(weights)
+        relu = x.relu()
+        for i, (g, weight, dilation) in enumerate(zip(gs, weights, ctx.dilations, strict=True)):
+            S, R, c, _, _ = weight.shape
+            if ctx.needs_input_grad[3 + i]:
+                if dilation == 1 and c > 4:
+                    dweights[i] = _depthwise_weight_gradient(g, _spread(relu, weight), weight)
+                else:
+                    dweights[i] = _spread_weight_gradient(g, relu, weight, dilation)
+            if ctx.needs_input_grad[0]:
+                part = _depthwise(g, ctx.turned[i], dilation)
+                dspread[R] = dspread[R].add_(part) if R in dspread else part
+        dx = None
+        for R, part in dspread.items():
+            part = F.conv2d(part, _repeated_eye(S, c, R, x.dtype, x.device), groups=S)  # sums over R
+            dx = part if dx is None else dx.add_(part)
+        if dx is not None:
+            dx = torch.ops.aten.threshold_backward(dx, relu, 0)
+        return dx, None, None, *dweights
 
 
-class NormSum(torch.autograd.Function):
-    """start + sum_o scale_o * batch_norm(y_o), with scale (O, C); start and y_o are (N, C, H, W).
+def _spread(x, weight):
+    """Each of S groups of c channels R times: (N, S * c, H, W) to (N, S * R * c, H, W)."""
+    S, R, c, _, _ = weight.shape
+    n, _, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).unflatten(3, (S, 1, c)).expand(n, h, w, S, R, c)
+    return x.reshape(n, h, w, S * R * c).permute(0, 3, 1, 2)
 
-    The weight of an op in the mixture is the scale of its last norm, so no output is kept twice.
+
+def _depthwise(x, weight, dilation=1):
+    """x (N, C, H, W) with weight (..., k, k) of C kernels in all; also, with them turned, dL/dx.
+
+    (oneDNN's own dL/dx is many times slower where the kernel is dilated.)
+    """
+    k, C = weight.shape[-1], x.shape[1]
+    kernel = weight.reshape(C, 1, k, k).to(x.dtype)
+    return F.conv2d(x, kernel, None, 1, dilation * (k // 2), dilation, C)
+
+
+def _spread_weight_gradient(g, x, weight, dilation):
+    """dL/dweight (S, R, c, k, k) of `_depthwise` of `_spread`, as the diagonal of c x c kernels."""
+    S, R, c, k, _ = weight.shape
+    kernel, padding = _shape(x, S * R * c, c, k, k), [dilation * (k // 2)] * 2
+    (dweight,) = _conv_backward(["weight"], g, x, kernel, S, padding, dilation)
+    return dweight.view(S, R, c, c, k, k).diagonal(dim1=2, dim2=3).permute(0, 1, 4, 2, 3).contiguous()
+
+
+def _depthwise_weight_gradient(g, x, weight):
+    """dL/dweight (..., k, k) of `_depthwise` of x, not dilated.
+
+    oneDNN is slow at kernels wider than 3. Two pixels side by side are one with 2 C channels: for
+    k = 5, its even columns are the 3 of a kernel over pairs, its odd ones the first 2 of another.
+    """
+    n, C, h, w = x.shape
+    k = weight.shape[-1]
+    if k != 5 or w % 2 or x.device.type != "cpu":
+        kernel = _shape(x, C, 1, k, k)
+        return _conv_backward(["weight"], g, x, kernel, C, (k // 2, k // 2))[0].view(weight.shape)
+
+    def pairs(rows):
+        return rows.reshape(n, h, -1, 2 * C).permute(0, 3, 1, 2)
+
+    g, x = g.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+    g, even, odd = pairs(g), pairs(x), pairs(F.pad(x, (0, 0, 1, 3)))
+    kernel = _shape(g, 2 * C, 1, 5, 3)
+    even = _conv_backward(["weight"], g, even, kernel, 2 * C, (2, 1))
+    odd = _conv_backward(["weight"], g, odd, kernel, 2 * C, (2, 0))
+    columns = torch.stack(even + odd, 4).flatten(3)[..., :5]  # (2 C, 1, 5, 5)
+    return (columns[:C] + columns[C:]).view(weight.shape)
+
+
+class NormReLUDepthwise(torch.autograd.Function):
+    """The middle of the sep_convs: depthwise k x k convolutions of relu(norm(P h)).
+
+    h (N, G * c, H, W), P (G, c, c), weight of G * c kernels (..., k, k), turned by 180 degrees too. The arguments before are
+    those of _Norm. With `recompute`, relu(norm(P h)) is not kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, running_mean, running_var, training, start, scale, *ys):
-        y, inv_std = _standardize(ys, running_mean, running_var, training)
-        a = _tile(scale * inv_std, ys[0].shape[3])
-        out = y[0] * a[0] if start is None else torch.addcmul(_rows(start), y[0], a[0])
-        for part, a_o in zip(y[1:], a[1:], strict=True):
-            out.addcmul_(part, a_o)
-        ctx.save_for_backward(y, inv_std, scale)
-        ctx.training, ctx.started = training, start is not None
-        return _images(out, ys[0])
+    def forward(ctx, running_mean, running_var, moments, recompute, turned, h, P, weight):
+        norm = _Norm([h], P, running_mean, running_var, moments)
+        z = _blockwise(h, norm.A, norm.b).relu_()
+        ctx.save_for_backward(h, None if recompute else z, weight)
+        ctx.norm, ctx.turned = norm, turned
+        return _depthwise(z, weight)
 
     @staticmethod
     def backward(ctx, g):
         _refuse_second_derivatives()
-        y, inv_std, scale = ctx.saved_tensors
-        rows = _rows(g)
-        dy, dscale = _norm_backward(rows[None], y, scale, inv_std, g.shape[3], ctx.training)
-        dstart = _images(rows, g) if ctx.started else None
-        return None, None, None, dstart, dscale, *(_images(part, g) for part in dy)
+        h, z, weight = ctx.saved_tensors
+        norm, dweight = ctx.norm, None
+        if z is None:
+            z = _blockwise(h, norm.A, norm.b).relu_()
+        if ctx.needs_input_grad[7]:
+            dweight = _depthwise_weight_gradient(g, z, weight)
+        g = _depthwise(g, ctx.turned)
+        g = torch.ops.aten.threshold_backward(g, z, 0)
+        sums = (figures.to(norm.A.dtype) for figures in _sums(g, h, norm.A.shape[1]))
+        dP, *rest = norm.backward(*sums, ctx.needs_input_grad[6])
+        dh = norm.add_input_gradient(_blockwise(g, norm.A.mT), h, *rest)
+        return None, None, None, None, None, dh, dP, dweight
+
+
+class NormSum(torch.autograd.Function):
+    """start + sum_g W[t, g] * norm(P_g h_g): (N, T * c, H, W).
+
+    start (N, T * c, H, W) or None, W (T, G), P (G, c, c); the blocks h_1 ... h_G lie in the tensors
+    hs, in this order. W_normed is W with zeros for the plain blocks. The arguments before are
+    those of _Norm.
+    """
+
+    @staticmethod
+    def forward(ctx, running_mean, running_var, moments, plain, start, W_normed, W, P, *hs):
+        norm = _Norm(hs, P, running_mean, running_var, moments, plain)
+        T, G, c = *W.shape, P.shape[1]
+        kernel = W[:, None, :, None] * norm.A.transpose(0, 1)  # (T, c, G, c)
+        kernel = kernel.reshape(T * c, G * c, 1, 1).to(hs[0].dtype)
+        bias = (W @ norm.b.squeeze(2)).flatten().to(hs[0].dtype)
+        ctx.kernels = kernel.split([h.shape[1] for h in hs], 1)
+        ctx.norm, ctx.started, ctx.W_normed = norm, start is not None, W_normed
+        ctx.save_for_backward(W, *hs)
+        for h, part in zip(hs, ctx.kernels, strict=True):
+            part, bias = F.conv2d(h, part, bias), None
+            start = part if start is None else part.add_(start)
+        return start
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_second_derivatives()
+        g = g.contiguous(memory_format=torch.channels_last)
+        W, *hs = ctx.saved_tensors
+        norm, (T, G) = ctx.norm, W.shape
+        c = norm.A.shape[1]
+        parts = zip(hs, ctx.kernels, strict=True)
+        sums = [_conv_backward(["weight", "bias"], g, h, part) for h, part in parts]
+        outer = torch.cat([outer for outer, _ in sums], 1) if len(hs) > 1 else sums[0][0]
+        outer = outer.view(T, c, G, c).to(W.dtype)  # the sums of g h^T over pixels
+        total = sums[0][1].view(T, c).to(W.dtype)  # the sums of g
+        dA = (ctx.W_normed[:, None, :, None] * outer).sum(0).transpose(0, 1)  # (G, c, c)
+        db = (ctx.W_normed.t() @ total).unsqueeze(2)
+        dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[7])
+        dW = None
+        if ctx.needs_input_grad[6]:
+            dW = (outer * norm.A.transpose(0, 1)).sum((1, 3)).addmm_(total, norm.b.squeeze(2).t())
+        dhs, start = [], 0
+        for h, part in zip(hs, ctx.kernels, strict=True):
+            blocks = slice(start, start := start + h.shape[1] // c)
+            D, e = (None if figures is None else figures[blocks] for figures in rest)
+            dhs.append(norm.add_input_gradient(F.conv2d(g, part.transpose(0, 1)), h, D, e))
+        return None, None, None, None, g if ctx.started else None, None, dW, dP, *dhs
