@@ -20,6 +20,7 @@ The figures equal those of the formula; tests/textbook.py is the formula, edge b
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from genotypes import PRIMITIVES, Genotype
 from operations import (
@@ -28,6 +29,7 @@ from operations import (
     Depthwise,
     DilConv,
     FactorizedReduce,
+    HalvedMax,
     Identity,
     NormReLUDepthwise,
     NormSum,
@@ -330,28 +332,47 @@ class Cell(nn.Module):
                 hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
             for parts in zip(self.half_1, self.half_2, strict=True):
                 hs.append(halve(relu, factorized_kernel(*parts).flatten(0, 1), groups=S))
+        again = {} if self.recompute else None
         if firsts:
             kernel, turned, P = seconds
-            rows = running(self.middle_rows[w])
-            hs[0] = NormReLUDepthwise.apply(*rows, self.recompute, turned, hs[0], firsts[2], kernel)
+            rows, first = running(self.middle_rows[w]), hs[0]
+            hs[0] = NormReLUDepthwise.apply(*rows, again, turned, first, firsts[2], kernel)
             Ps.append(P)
         if dils:
             Ps.append(dils[2])
         plain = [x] * len(self.skips) if stride == 1 else []
-        pooled = [pool(x) for pool in self.pool_ops[w]] + plain
-        if sum(h.nbytes for h in hs + pooled) <= LARGE:
-            hs, pooled = [], hs + pooled
-        if pooled:
-            hs.append(torch.cat(pooled, 1))
+
+        def pools(x):
+            return [pool(x) for pool in self.pool_ops[w]]
+
+        def side_by_side(hs, rest):
+            if sum(h.nbytes for h in hs + rest) <= LARGE:
+                hs, rest = [], hs + rest
+            return hs + [torch.cat(rest, 1)] if rest else hs
+
+        def remake(x, *kept):
+            """What NormSum reads anew, for its backward pass."""
+            kept = list(kept)
+            if firsts:
+                kept[0] = NormReLUDepthwise.remake(kept[0], kernel, again)
+            return side_by_side(kept, pools(x) + [x] * len(plain))
+
+        if self.recompute:
+            kept = [h.detach() for h in ([x, first, *hs[1:]] if firsts else [x, *hs])]
+            pooled = checkpoint(pools, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            kept, pooled = None, pools(x)
         without = W.shape[1] - sum(map(len, Ps))  # blocks whose norm is behind no convolution
         P = torch.cat([*Ps, self.eye.expand(without, -1, -1)])
-        rows, plain = running(self.last_rows[w]), S * len(plain)
-        return NormSum.apply(*rows, plain, mixed, W_normed, W, P, *hs)
+        return NormSum.apply(
+            *running(self.last_rows[w]), S * len(plain), mixed, W_normed,
+            remake if self.recompute else None, kept, W, P, *side_by_side(hs, pooled + plain),
+        )  # fmt: skip
 
     def _pass_by(self, bypass, rest, betas, stride):
         """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c))."""
         if stride == 2:
-            rest = F.max_pool2d(rest, 2, 2)
+            rest = HalvedMax.apply(rest)
         rest = rest.permute(0, 2, 3, 1).flatten()
         return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
 

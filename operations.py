@@ -362,20 +362,54 @@ def _depthwise_weight_gradient(g, x, weight):
     return (columns[:C] + columns[C:]).view(weight.shape)
 
 
+class HalvedMax(torch.autograd.Function):
+    """F.max_pool2d(x, 2, 2), which keeps the places of the maxima for its backward, but not x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out, places = F.max_pool2d(x, 2, 2, return_indices=True)
+        ctx.save_for_backward(places.int())
+        ctx.size = x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_second_derivatives()
+        g = g.contiguous(memory_format=torch.channels_last)
+        x = torch.empty_like(g).resize_(ctx.size, memory_format=torch.channels_last)
+        places = ctx.saved_tensors[0].long()
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            g, x, [2, 2], [2, 2], [0, 0], [1, 1], False, places
+        )
+
+
 class NormReLUDepthwise(torch.autograd.Function):
     """The middle of the sep_convs: depthwise k x k convolutions of relu(norm(P h)).
 
     h (N, G * c, H, W), P (G, c, c), weight of G * c kernels (..., k, k), turned by 180 degrees too. The arguments before are
-    those of _Norm. With `recompute`, relu(norm(P h)) is not kept for the backward pass.
+    those of _Norm. With a dict `again`, z = relu(norm(P h)) is not kept for the backward pass: it is
+    made again, from h and again["norm"], unless `remake` did so and left it in again["z"].
     """
 
     @staticmethod
-    def forward(ctx, running_mean, running_var, moments, recompute, turned, h, P, weight):
-        norm = _Norm([h], P, running_mean, running_var, moments)
-        z = _blockwise(h, norm.A, norm.b).relu_()
-        ctx.save_for_backward(h, None if recompute else z, weight)
-        ctx.norm, ctx.turned = norm, turned
+    def forward(ctx, running_mean, running_var, moments, again, turned, h, P, weight):
+        ctx.norm = _Norm([h], P, running_mean, running_var, moments)
+        ctx.again, ctx.turned = again, turned
+        z = NormReLUDepthwise.relu(h, ctx.norm)
+        if again is not None:
+            again["norm"] = ctx.norm
+        ctx.save_for_backward(h, z if again is None else None, weight)
         return _depthwise(z, weight)
+
+    @staticmethod
+    def relu(h, norm):
+        return _blockwise(h, norm.A, norm.b).relu_()
+
+    @staticmethod
+    def remake(h, weight, again):
+        """The output anew; for the backward pass."""
+        again["z"] = NormReLUDepthwise.relu(h, again["norm"])
+        return _depthwise(again["z"], weight)
 
     @staticmethod
     def backward(ctx, g):
@@ -383,7 +417,9 @@ class NormReLUDepthwise(torch.autograd.Function):
         h, z, weight = ctx.saved_tensors
         norm, dweight = ctx.norm, None
         if z is None:
-            z = _blockwise(h, norm.A, norm.b).relu_()
+            z = ctx.again.pop("z", None)
+        if z is None:
+            z = NormReLUDepthwise.relu(h, norm)
         if ctx.needs_input_grad[7]:
             dweight = _depthwise_weight_gradient(g, z, weight)
         g = _depthwise(g, ctx.turned)
@@ -398,12 +434,15 @@ class NormSum(torch.autograd.Function):
     """start + sum_g W[t, g] * norm(P_g h_g): (N, T * c, H, W).
 
     start (N, T * c, H, W) or None, W (T, G), P (G, c, c); the blocks h_1 ... h_G lie in the tensors
-    hs, in this order. W_normed is W with zeros for the plain blocks. The arguments before are
-    those of _Norm.
+    hs, in this order. W_normed is W with zeros for the plain blocks. `remake` is None, or a function
+    that makes hs again from the tensors `kept`, which are kept for the backward pass in their
+    place. The arguments before are those of _Norm.
     """
 
     @staticmethod
-    def forward(ctx, running_mean, running_var, moments, plain, start, W_normed, W, P, *hs):
+    def forward(
+        ctx, running_mean, running_var, moments, plain, start, W_normed, remake, kept, W, P, *hs
+    ):
         norm = _Norm(hs, P, running_mean, running_var, moments, plain)
         T, G, c = *W.shape, P.shape[1]
         kernel = W[:, None, :, None] * norm.A.transpose(0, 1)  # (T, c, G, c)
@@ -411,7 +450,8 @@ class NormSum(torch.autograd.Function):
         bias = (W @ norm.b.squeeze(2)).flatten().to(hs[0].dtype)
         ctx.kernels = kernel.split([h.shape[1] for h in hs], 1)
         ctx.norm, ctx.started, ctx.W_normed = norm, start is not None, W_normed
-        ctx.save_for_backward(W, *hs)
+        ctx.remake = remake
+        ctx.save_for_backward(W, *(kept if remake else hs))
         for h, part in zip(hs, ctx.kernels, strict=True):
             part, bias = F.conv2d(h, part, bias), None
             start = part if start is None else part.add_(start)
@@ -422,6 +462,7 @@ class NormSum(torch.autograd.Function):
         _refuse_second_derivatives()
         g = g.contiguous(memory_format=torch.channels_last)
         W, *hs = ctx.saved_tensors
+        hs = ctx.remake(*hs) if ctx.remake else hs
         norm, (T, G) = ctx.norm, W.shape
         c = norm.A.shape[1]
         parts = zip(hs, ctx.kernels, strict=True)
@@ -431,13 +472,14 @@ class NormSum(torch.autograd.Function):
         total = sums[0][1].view(T, c).to(W.dtype)  # the sums of g
         dA = (ctx.W_normed[:, None, :, None] * outer).sum(0).transpose(0, 1)  # (G, c, c)
         db = (ctx.W_normed.t() @ total).unsqueeze(2)
-        dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[7])
+        dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[9])
         dW = None
-        if ctx.needs_input_grad[6]:
+        if ctx.needs_input_grad[8]:
             dW = (outer * norm.A.transpose(0, 1)).sum((1, 3)).addmm_(total, norm.b.squeeze(2).t())
-        dhs, start = [], 0
+        dhs, at = [], 0
         for h, part in zip(hs, ctx.kernels, strict=True):
-            blocks = slice(start, start := start + h.shape[1] // c)
+            blocks = slice(at, at := at + h.shape[1] // c)
             D, e = (None if figures is None else figures[blocks] for figures in rest)
             dhs.append(norm.add_input_gradient(F.conv2d(g, part.transpose(0, 1)), h, D, e))
-        return None, None, None, None, g if ctx.started else None, None, dW, dP, *dhs
+        start = g if ctx.started else None
+        return None, None, None, None, start, None, None, None, dW, dP, *dhs
