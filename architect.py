@@ -1,15 +1,94 @@
 """The architecture step: Adam on alphas and betas, first or second order (DARTS, section 2.3)."""
 
+import warnings
 from contextlib import contextmanager
 
 import torch
+
+
+class Gradients:
+    """Gradients of `loss(input, target) -> (loss, logits)` for some tensors, and no others.
+
+    On a GPU the forward and backward pass of each kind of batch is captured in a CUDA graph after
+    WARM_UP calls, and replayed from then on: one launch instead of thousands. A batch of another
+    size, such as the last of an epoch, runs as it would without. amp: bfloat16 where autocast has
+    it.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, model, loss, amp=False, graphs=True):
+        self.model, self.loss, self.amp, self.graphs = model, loss, amp, graphs
+        self.calls, self.captured, self.stream = {}, {}, None
+
+    def __call__(self, wanted, input, target):
+        """(loss, logits, gradients): gradients of the tensors `wanted`, a list, in its order."""
+        key = (tuple(map(id, wanted)), input.shape, self.model.training)
+        if not self.graphs or input.device.type != "cuda":
+            return self._compute(wanted, input, target)
+        calls = self.calls[key] = self.calls.get(key, 0) + 1
+        if calls <= self.WARM_UP:
+            return self._aside(wanted, input, target)
+        if key not in self.captured:
+            try:
+                self.captured[key] = self._capture(wanted, input, target)
+            except RuntimeError as error:
+                self.graphs = False
+                warnings.warn(f"no CUDA graph ({error}): going on without", stacklevel=2)
+                return self._compute(wanted, input, target)
+        graph, own_input, own_target, results = self.captured[key]
+        own_input.copy_(input)
+        own_target.copy_(target)
+        graph.replay()
+        loss, logits, gradients = results  # which the next replay overwrites
+        return loss.clone(), logits.clone(), [gradient.clone() for gradient in gradients]
+
+    def _compute(self, wanted, input, target):
+        kept = {id(tensor) for tensor in wanted}
+        everything = [*self.model.parameters(), *self.model.arch_parameters()]
+        with frozen([tensor for tensor in everything if id(tensor) not in kept]):
+            with torch.autocast(input.device.type, torch.bfloat16, enabled=self.amp):
+                loss, logits = self.loss(input, target)
+            gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
+        return loss.detach(), logits.detach(), list(gradients)
+
+    def _aside(self, *batch):
+        """On a stream of its own, as a capture needs it of the calls before."""
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self._compute(*batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def _capture(self, wanted, input, target):
+        own = input.clone(), target.clone()
+        graph = torch.cuda.CUDAGraph()
+        pool = next((entry[0].pool() for entry in self.captured.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            results = self._compute(wanted, *own)
+        return graph, *own, results
+
+
+@contextmanager
+def frozen(tensors):
+    """Within it these leaf tensors require no gradient, so that none is computed for them."""
+    learning = [tensor for tensor in tensors if tensor.requires_grad]
+    try:
+        for tensor in learning:
+            tensor.requires_grad_(False)
+        yield
+    finally:
+        for tensor in learning:
+            tensor.requires_grad_()
 
 
 class Architect:
     """Updates the alphas and betas of `model` on validation batches.
 
     model: has arch_parameters(), parameters() and _loss(input, target).
-    args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay.
+    args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay;
+    amp and no_cuda_graph, if they are there.
     """
 
     def __init__(self, model, args):
@@ -21,6 +100,13 @@ class Architect:
             betas=(0.5, 0.999),
             weight_decay=args.arch_weight_decay,
         )
+
+        def loss(input, target):
+            value = model._loss(input, target)
+            return value, value
+
+        amp, graphs = getattr(args, "amp", False), not getattr(args, "no_cuda_graph", False)
+        self.gradients = Gradients(model, loss, amp, graphs)
 
     def step(
         self, input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
@@ -47,10 +133,8 @@ class Architect:
         for parameter, value in zip(self.model.arch_parameters(), gradient, strict=True):
             parameter.grad = value
 
-    def _gradient(self, parameters, input, target):
-        """The gradient with respect to `parameters` alone: no other is computed."""
-        loss = self.model._loss(input, target)
-        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+    def _gradient(self, wanted, input, target):
+        return self.gradients(wanted, input, target)[2]
 
     def _unrolled_gradient(self, train, valid, eta, network_optimizer):
         """The gradient of L_val(w', alpha) in alpha, w' being w after one SGD step (eq. 7).

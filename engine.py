@@ -49,13 +49,14 @@ class Figures:
         }
 
 
-def search_epoch(loader, valid_batches, model, criterion, architect, optimizer, args, frozen, log):
+def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, args, frozen, log):
     """One epoch of bilevel search (DARTS, algorithm 1): an architecture step, then a weight step.
 
     README, differences 2 and 3.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
-    frozen. args: unrolled, grad_clip, report_freq. Returns the training figures as a dict.
+    frozen. gradients: architect.Gradients of the training loss. args: unrolled, grad_clip,
+    report_freq. Returns the training figures as a dict.
     """
     model.train()
     weights = model.weights()
@@ -64,10 +65,9 @@ def search_epoch(loader, valid_batches, model, criterion, architect, optimizer, 
         if not frozen:
             eta = optimizer.param_groups[0]["lr"]
             architect.step(x, y, *next(valid_batches), eta, optimizer, unrolled=args.unrolled)
-        optimizer.zero_grad()
-        logits = model(x)
-        loss = criterion(logits, y)
-        loss.backward(inputs=weights)  # none for alphas and betas
+        loss, logits, values = gradients(weights, x, y)  # none for alphas and betas
+        for weight, value in zip(weights, values, strict=True):
+            weight.grad = value
         nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
         figures.update(loss, logits, y)

@@ -6,12 +6,14 @@ Node j of a cell is the sum over its edges i of softmax(beta)_ij * f_ij(x_i) (eq
 
 Written so, a cell makes 14 slices, 14 x 8 operations and 14 shuffles. But all edges that leave
 node i read the same slice, so here the work is done once per source node, for its T targets
-together. With the weights softmax(alpha) * softmax(beta):
+together; and both input nodes go at once, as a wave of S = 2 sources. With the weights
+softmax(alpha) * softmax(beta):
 
 - ReLU, the pools and their norms do not depend on the target: once, not T times.
-- A depthwise convolution and the 1x1 behind it are one dense convolution with kernel
-  pw[o, i] * dw[i]. T of them on one input are one with T * C/K outputs; on T inputs, T groups.
-- Every op ends in a batch norm, and its weight is the scale of that norm (operations.NormSum).
+- The depthwise convolutions of all targets and ops are one, on more channels.
+- The 1x1 convolution and the batch norm at the end of each op, and its weight in the sum, are one
+  1x1 convolution, of all ops side by side: its kernel needs the mean and the covariance of what
+  comes before, no more. The equations stand in operations.py.
 - Sum, concatenation and shuffle are linear: a node is put together once, after the sum.
 
 The figures equal those of the formula; tests/textbook.py is the formula, edge by edge.
@@ -42,9 +44,20 @@ from operations import (
 )
 
 
-# Up to this size what a wave computes lies in one tensor. (glibc gives larger ones back to the
-# system at once, and a new one costs a page fault for every 4 KiB: more than computing it.)
-LARGE = 2**25
+def side_by_side(tensors):
+    """The tensors (N, ..., H, W) in as few tensors as may be, along channels, in this order.
+
+    None of 32 MiB or more: glibc gives these back to the system at once, and a new one costs a page
+    fault for every 4 KiB, more than what is computed with it.
+    """
+    groups, size = [], 0
+    for tensor in tensors:
+        size += tensor.nbytes
+        if not groups or size >= 2**25:
+            groups.append([])
+            size = tensor.nbytes
+        groups[-1].append(tensor)
+    return [torch.cat(group, 1) if len(group) > 1 else group[0] for group in groups]
 
 
 def edges_by_source(steps):
@@ -94,10 +107,21 @@ class Cell(nn.Module):
     alphas, betas and state dicts number the edges by target; in here they stand by source.
     """
 
-    def __init__(self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, k):
+    def __init__(
+        self,
+        steps,
+        multiplier,
+        C_prev_prev,
+        C_prev,
+        C,
+        reduction,
+        reduction_prev,
+        k,
+        recompute=False,
+    ):
         super().__init__()
         self.reduction, self.multiplier, self.k, self.c = reduction, multiplier, k, C // k
-        self.recompute = False
+        self.recompute = recompute
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
@@ -127,7 +151,7 @@ class Cell(nn.Module):
             ]
 
         def keeps_size(op, dilation):
-            """Whether its k x k convolutions, k odd, have this dilation and pad to the same size."""
+            """Whether its k x k convolutions, k odd, have this dilation and keep the size."""
             convs = [m for m in op.op if isinstance(m, nn.Conv2d) and m.groups > 1]
             return all(
                 conv.kernel_size == (k, k)
@@ -154,13 +178,13 @@ class Cell(nn.Module):
 
     def _stack_weights(self, edges):
         """The parameters and the running statistics of all edges, by source."""
-        c, E = self.c, len(edges)
+        c = self.c
 
         def stack(modules):
             return nn.Parameter(torch.stack([module.weight.detach() for module in modules]))
 
-        # (op, place in the op) of the separable convolutions: the first ones of the sep_convs, their
-        # second ones, the dil_convs.
+        # (op, place in the op) of the separable convolutions: the first ones of the sep_convs,
+        # their second ones, the dil_convs.
         self.depthwise, self.pointwise = Stacked(), Stacked()
         firsts, seconds = [(o, 1) for o in self.seps], [(o, 5) for o in self.seps]
         groups = [firsts, seconds, [(o, 1) for o in self.dils]]
@@ -184,10 +208,10 @@ class Cell(nn.Module):
             last = S * T * (len(self.seps + self.dils) + halves) + S * len(self.pools)
             self.middle_rows.append(slice(row, row + middle))
             self.last_rows.append(slice(row + middle, row := row + middle + last))
-        self.register_buffer("running_mean", torch.zeros(row, c))
-        self.register_buffer("running_var", torch.ones(row, c))
+        self.register_buffer("running", torch.stack([torch.zeros(row, c), torch.ones(row, c)]))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.register_buffer("eye", torch.eye(c))
+        self.register_buffer("by_source", torch.tensor(self.order))
         places = self._mixture_places()
         self.shapes = [part.shape for part in places]
         self.register_buffer("places", torch.cat([part.flatten() for part in places]))
@@ -208,7 +232,7 @@ class Cell(nn.Module):
         return 2 if self.reduction and wave == 0 else 1
 
     def _mixture_places(self):
-        """Of each wave where in a row of all coefficients (E, ops) the entries of W stand, (T, blocks).
+        """Of each wave where in a row of all coefficients (E, ops) W has its entries: (T, blocks).
 
         W is the matrix of operations.NormSum: an edge's ops go to its own target, the pools and the
         skip_connect of a source to all. -1 stands for zero. `skips`, the last, are not normalized.
@@ -228,7 +252,7 @@ class Cell(nn.Module):
         return matrices
 
     def mixtures(self, coefficients):
-        """(W, W_normed) of operations.NormSum, (T, blocks), for each wave; coefficients (E, ops)."""
+        """(W, W_normed) of operations.NormSum, (T, blocks), of each wave; coefficients (E, ops)."""
         row = F.pad(coefficients.flatten(), (0, 1))
         flat, sizes = row[self.places], [T * blocks for T, blocks in self.shapes]
         normed = (flat.detach() * self.normed).split(sizes)
@@ -238,8 +262,8 @@ class Cell(nn.Module):
     def forward(self, s0, s1, coefficients, betas, mixtures):
         """The output (N, multiplier * C, H, W), from those of the two cells before, ReLU'd.
 
-        coefficients: softmax(alpha) * softmax(beta), (E, ops); betas: softmax(beta), (S, T) of each wave; both by
-        source. mixtures: as `mixtures` gives them.
+        coefficients: softmax(alpha) * softmax(beta), (E, ops), by source. betas: softmax(beta),
+        (S, T) of each wave. mixtures: as `mixtures` gives them.
         """
         if self.training:
             self.num_batches_tracked += 1
@@ -251,8 +275,10 @@ class Cell(nn.Module):
         for w, (S, T) in enumerate(self.waves):
             edges, start = slice(start, start + S * T), start + S * T
             parts = [source.split([self.c, source.shape[1] - self.c], 1) for source in sources]
-            x = torch.cat([mixed_part for mixed_part, _ in parts], 1)
-            mixed = self._mix(mixed, x, w, weights[w], mixtures[w], moments)
+            x = torch.cat([first for first, _ in parts], 1)  # (N, S * c, H, W)
+            kind = "cpu" if x.is_meta else x.device.type
+            with torch.autocast(kind, enabled=False):  # _mix computes in the type of x, or float32
+                mixed = self._mix(mixed, x, w, weights[w], mixtures[w], moments)
             for o in self.others:
                 ops = [self._ops[e]._ops[str(o)] for e in self.order[edges]]
                 inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
@@ -297,9 +323,11 @@ class Cell(nn.Module):
     @torch.no_grad()
     def _follow(self, moments, pixels):
         """The running figures follow the (-mean, variance) of all norms over this many pixels."""
-        minus_mean, var = (torch.cat(figures).squeeze(2) for figures in zip(*moments, strict=True))
-        self.running_mean.mul_(1 - MOMENTUM).sub_(minus_mean, alpha=MOMENTUM)
-        self.running_var.lerp_(var.mul_(pixels / max(pixels - 1, 1)), MOMENTUM)
+        minus_means, variances = zip(*moments, strict=True)
+        figures = torch.cat(minus_means + variances).view(self.running.shape)
+        unbiased = pixels / max(pixels - 1, 1)
+        self.running[1].lerp_(figures[1].mul_(unbiased), MOMENTUM)
+        self.running[0].mul_(1 - MOMENTUM).sub_(figures[0], alpha=MOMENTUM)
 
     def _mix(self, mixed, x, w, weights, mixture, moments):
         """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W)."""
@@ -311,7 +339,7 @@ class Cell(nn.Module):
         dils = weights.pop() if self.dils else None
 
         def running(rows):
-            return self.running_mean[rows], self.running_var[rows], moments
+            return *self.running[:, rows], moments
 
         def depthwise(x, *groups, dilations):
             kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
@@ -327,11 +355,14 @@ class Cell(nn.Module):
             relu = x.relu()
             if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
                 kernel = (firsts[0].unsqueeze(3) * self.eye[:, :, None, None]).flatten(0, 2)
-                hs.append(F.conv2d(relu, kernel, None, 2, kernel.shape[3] // 2, groups=S))
+                hs.append(
+                    F.conv2d(relu, kernel.to(x.dtype), None, 2, kernel.shape[3] // 2, groups=S)
+                )
             if dils:  # with stride and dilation 2 it reads every other pixel alone
                 hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
             for parts in zip(self.half_1, self.half_2, strict=True):
-                hs.append(halve(relu, factorized_kernel(*parts).flatten(0, 1), groups=S))
+                kernel = factorized_kernel(*parts).flatten(0, 1).to(x.dtype)
+                hs.append(halve(relu, kernel, groups=S))
         again = {} if self.recompute else None
         if firsts:
             kernel, turned, P = seconds
@@ -345,17 +376,12 @@ class Cell(nn.Module):
         def pools(x):
             return [pool(x) for pool in self.pool_ops[w]]
 
-        def side_by_side(hs, rest):
-            if sum(h.nbytes for h in hs + rest) <= LARGE:
-                hs, rest = [], hs + rest
-            return hs + [torch.cat(rest, 1)] if rest else hs
-
         def remake(x, *kept):
             """What NormSum reads anew, for its backward pass."""
             kept = list(kept)
             if firsts:
                 kept[0] = NormReLUDepthwise.remake(kept[0], kernel, again)
-            return side_by_side(kept, pools(x) + [x] * len(plain))
+            return side_by_side([*kept, *pools(x), *plain])
 
         if self.recompute:
             kept = [h.detach() for h in ([x, first, *hs[1:]] if firsts else [x, *hs])]
@@ -366,14 +392,14 @@ class Cell(nn.Module):
         P = torch.cat([*Ps, self.eye.expand(without, -1, -1)])
         return NormSum.apply(
             *running(self.last_rows[w]), S * len(plain), mixed, W_normed,
-            remake if self.recompute else None, kept, W, P, *side_by_side(hs, pooled + plain),
+            remake if self.recompute else None, kept, W, P, *side_by_side([*hs, *pooled, *plain]),
         )  # fmt: skip
 
     def _pass_by(self, bypass, rest, betas, stride):
         """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c))."""
         if stride == 2:
             rest = HalvedMax.apply(rest)
-        rest = rest.permute(0, 2, 3, 1).flatten()
+        rest, betas = rest.permute(0, 2, 3, 1).flatten(), betas.to(rest.dtype)
         return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
 
     def _node(self, mixed, bypass):
@@ -415,8 +441,8 @@ class Cell(nn.Module):
                     norms.append((o, "1", last + i * S + local // T))
                 for o, at, row in norms:
                     name = f"_ops.{e}._ops.{o}.{at}"
-                    yield f"{name}.running_mean", self.running_mean[row]
-                    yield f"{name}.running_var", self.running_var[row]
+                    yield f"{name}.running_mean", self.running[0, row]
+                    yield f"{name}.running_var", self.running[1, row]
                     yield f"{name}.num_batches_tracked", self.num_batches_tracked
                 place += 1
 
@@ -445,8 +471,9 @@ class Network(nn.Module):
     """The supernet: stem, `layers` cells of which two reduce, classifier; alphas and betas.
 
     k: 1/k of the channels go through the operations; k=1, edge_norm=False is DARTS. stem: "cifar",
-    or "imagenet" (stride 8). alphas and betas are buffers that require a gradient: they are in the
-    state dict and move with the network, but `parameters()` are the weights alone.
+    or "imagenet" (stride 8). recompute: keep less for the backward pass, and make it again there.
+    alphas and betas are buffers that require a gradient: they are in the state dict and move with
+    the network, but `parameters()` are the weights alone.
     Raises ValueError where C / k is no even number, and for fewer than 3 layers.
     """
 
@@ -462,6 +489,7 @@ class Network(nn.Module):
         k=4,
         edge_norm=True,
         stem="cifar",
+        recompute=False,
     ):
         super().__init__()
         if k < 1 or C < 1 or C % k or (C // k) % 2:
@@ -475,7 +503,7 @@ class Network(nn.Module):
         self._arguments = dict(
             C=C, num_classes=num_classes, layers=layers, criterion=criterion,
             steps=steps, multiplier=multiplier, stem_multiplier=stem_multiplier,
-            k=k, edge_norm=edge_norm, stem=stem,
+            k=k, edge_norm=edge_norm, stem=stem, recompute=recompute,
         )  # fmt: skip
         self._criterion, self._steps, self._multiplier = criterion, steps, multiplier
         self.edge_norm = edge_norm
@@ -506,7 +534,15 @@ class Network(nn.Module):
             reduction = i in (layers // 3, 2 * layers // 3)
             C_curr *= 2 if reduction else 1
             cell = Cell(
-                steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev, k
+                steps,
+                multiplier,
+                C_prev_prev,
+                C_prev,
+                C_curr,
+                reduction,
+                reduction_prev,
+                k,
+                recompute,
             )
             self.cells.append(cell)
             reduction_prev = reduction
@@ -547,10 +583,10 @@ class Network(nn.Module):
         return torch.cat([part.softmax(0) for part in betas])
 
     def _coefficients(self, kind):
-        """The arguments of cells: softmax(alpha) * softmax(beta), softmax(beta), mixtures."""
+        """The last arguments of Cell.forward, for the "normal" or the "reduce" cells."""
         cell = next(cell for cell in self.cells if cell.reduction == (kind == "reduce"))
-        betas = self.edge_weights(kind)[cell.order]
-        alphas = getattr(self, f"alphas_{kind}")[cell.order].softmax(-1)
+        betas = self.edge_weights(kind)[cell.by_source]
+        alphas = getattr(self, f"alphas_{kind}")[cell.by_source].softmax(-1)
         coefficients = alphas * betas[:, None]
         edges = [S * T for S, T in cell.waves]
         betas = [part.view(wave) for part, wave in zip(betas.split(edges), cell.waves, strict=True)]

@@ -206,8 +206,12 @@ def _sums(g, h, c):
     """The sums over all pixels of g h^T, (G, c, c), and of g, (G, c, 1), for every block."""
     G = h.shape[1] // c
     n = _blocks_per_group(G, c)
-    # They are the gradients of a 1x1 convolution's kernel and bias.
-    outer, total = _conv_backward(["weight", "bias"], g, h, _shape(h, G * c, n * c, 1, 1), G // n)
+    # They are the gradients of a 1x1 convolution's kernel and bias. (oneDNN is slow at the second.)
+    small = ["bias"] if g.nbytes < 2**24 else []
+    outer, *total = _conv_backward(
+        ["weight", *small], g, h, _shape(h, G * c, n * c, 1, 1), groups=G // n
+    )
+    total = total[0] if total else g.sum((0, 2, 3))
     if n > 1:
         outer = outer.reshape(G // n, n, c, n, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     return outer.reshape(G, c, c), total.view(G, c, 1)
@@ -227,7 +231,8 @@ class _Norm:
         self.normed = normed = len(P) - plain
         self.trained = moments is not None
         if self.trained:
-            outer, self.sum = (_joined(parts, P) for parts in zip(*(_sums(h, h, c) for h in hs)))
+            sums = zip(*(_sums(h, h, c) for h in hs), strict=True)
+            outer, self.sum = (_joined(parts, P) for parts in sums)
             self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
             minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
             var = (self.P_outer * P).sum(2, keepdim=True).addcmul_(minus_mean, minus_mean, value=-1)
@@ -272,8 +277,8 @@ def _refuse_second_derivatives():
 class Depthwise(torch.autograd.Function):
     """Depthwise k x k convolutions of relu(x), R of each channel, for each of the weights.
 
-    x (N, S * c, H, W), weights (S, R, c, k, k), k odd, with a dilation and a kernel turned by 180
-    degrees for each of them; the padding keeps the size. Returns a tensor (N, S * R * c, H, W) for each of the weights.
+    x (N, S * c, H, W), weights (S, R, c, k, k), k odd, with a dilation and a copy turned by 180
+    degrees for each; the padding keeps the size. Returns (N, S * R * c, H, W) for each.
     """
 
     @staticmethod
@@ -305,7 +310,9 @@ class Depthwise(torch.autograd.Function):
                 dspread[R] = dspread[R].add_(part) if R in dspread else part
         dx = None
         for R, part in dspread.items():
-            part = F.conv2d(part, _repeated_eye(S, c, R, x.dtype, x.device), groups=S)  # sums over R
+            part = F.conv2d(
+                part, _repeated_eye(S, c, R, x.dtype, x.device), groups=S
+            )  # sums over R
             dx = part if dx is None else dx.add_(part)
         if dx is not None:
             dx = torch.ops.aten.threshold_backward(dx, relu, 0)
@@ -335,7 +342,9 @@ def _spread_weight_gradient(g, x, weight, dilation):
     S, R, c, k, _ = weight.shape
     kernel, padding = _shape(x, S * R * c, c, k, k), [dilation * (k // 2)] * 2
     (dweight,) = _conv_backward(["weight"], g, x, kernel, S, padding, dilation)
-    return dweight.view(S, R, c, c, k, k).diagonal(dim1=2, dim2=3).permute(0, 1, 4, 2, 3).contiguous()
+    return (
+        dweight.view(S, R, c, c, k, k).diagonal(dim1=2, dim2=3).permute(0, 1, 4, 2, 3).contiguous()
+    )
 
 
 def _depthwise_weight_gradient(g, x, weight):
@@ -386,9 +395,9 @@ class HalvedMax(torch.autograd.Function):
 class NormReLUDepthwise(torch.autograd.Function):
     """The middle of the sep_convs: depthwise k x k convolutions of relu(norm(P h)).
 
-    h (N, G * c, H, W), P (G, c, c), weight of G * c kernels (..., k, k), turned by 180 degrees too. The arguments before are
-    those of _Norm. With a dict `again`, z = relu(norm(P h)) is not kept for the backward pass: it is
-    made again, from h and again["norm"], unless `remake` did so and left it in again["z"].
+    h (N, G * c, H, W), P (G, c, c), weight of G * c kernels (..., k, k), and turned by 180 degrees.
+    The arguments before are those of _Norm. With a dict `again`, z = relu(norm(P h)) is not kept
+    for the backward pass: it is made again, unless `remake` did so and left it in again["z"].
     """
 
     @staticmethod
@@ -434,9 +443,9 @@ class NormSum(torch.autograd.Function):
     """start + sum_g W[t, g] * norm(P_g h_g): (N, T * c, H, W).
 
     start (N, T * c, H, W) or None, W (T, G), P (G, c, c); the blocks h_1 ... h_G lie in the tensors
-    hs, in this order. W_normed is W with zeros for the plain blocks. `remake` is None, or a function
-    that makes hs again from the tensors `kept`, which are kept for the backward pass in their
-    place. The arguments before are those of _Norm.
+    hs, in this order. W_normed is W with zeros for the plain blocks. `remake` is None, or makes hs
+    again from the tensors `kept`, which are kept for the backward pass in their place. The
+    arguments before are those of _Norm.
     """
 
     @staticmethod
@@ -466,10 +475,10 @@ class NormSum(torch.autograd.Function):
         norm, (T, G) = ctx.norm, W.shape
         c = norm.A.shape[1]
         parts = zip(hs, ctx.kernels, strict=True)
-        sums = [_conv_backward(["weight", "bias"], g, h, part) for h, part in parts]
-        outer = torch.cat([outer for outer, _ in sums], 1) if len(hs) > 1 else sums[0][0]
+        outer = [_conv_backward(["weight"], g, h, part)[0] for h, part in parts]
+        outer = torch.cat(outer, 1) if len(hs) > 1 else outer[0]
         outer = outer.view(T, c, G, c).to(W.dtype)  # the sums of g h^T over pixels
-        total = sums[0][1].view(T, c).to(W.dtype)  # the sums of g
+        total = g.sum((0, 2, 3)).view(T, c).to(W.dtype)
         dA = (ctx.W_normed[:, None, :, None] * outer).sum(0).transpose(0, 1)  # (G, c, c)
         db = (ctx.W_normed.t() @ total).unsqueeze(2)
         dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[9])

@@ -18,7 +18,7 @@ import data
 import engine
 import genotypes
 import utils
-from architect import Architect
+from architect import Architect, Gradients
 from model_search import Network
 
 
@@ -44,6 +44,9 @@ def get_args():
     add("--train_portion", type=utils.fraction, default=0.5, help="share of the weights' images")
     add("--cutout", action="store_true", help="cut a square out of every image")
     add("--cutout_length", type=utils.count, default=16, help="side of that square in pixels")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
+    add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
     add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
     return parser.parse_args()
 
@@ -64,7 +67,7 @@ def main(args):
     with utils.user_errors(ValueError):
         model = Network(
             args.init_channels, len(dataset.classes), args.layers, criterion,
-            k=args.k, edge_norm=not args.no_edge_norm,
+            k=args.k, edge_norm=not args.no_edge_norm, recompute=args.recompute,
         ).to(device)  # fmt: skip
         engine.check_size(model, dataset.train.images.shape[1])
     optimizer = torch.optim.SGD(
@@ -74,6 +77,12 @@ def main(args):
         weight_decay=args.weight_decay,
     )
     architect = Architect(model, args)
+
+    def training_loss(x, y):
+        logits = model(x)
+        return criterion(logits, y), logits
+
+    gradients = Gradients(model, training_loss, args.amp, not args.no_cuda_graph)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, args.epochs, args.learning_rate_min
     )
@@ -94,7 +103,7 @@ def main(args):
         frozen = epoch < args.begin
         lr = scheduler.get_last_lr()[0]
         figures = engine.search_epoch(
-            train, batches, model, criterion, architect, optimizer, args, frozen, log
+            train, batches, model, gradients, architect, optimizer, args, frozen, log
         )
         scheduler.step()
         report(folder, log, epoch, args, lr, figures, model.genotype())

@@ -53,3 +53,23 @@ def bytes_kept(function, parameters=()):
         kept = function()  # holds the graph, so that no storage is freed and its address used again
     del kept
     return sum(storages.values())
+
+
+class _Bytes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable or not _memory(out) <= _memory((args, kwargs)):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
+            self.moved += sum(tensor.nbytes for tensor in tensors)
+        return out
+
+
+def bytes_moved(function):
+    """Bytes of all tensors that the aten functions called by `function()` read and write."""
+    with _Bytes() as count:
+        function()
+    return count.moved

@@ -130,3 +130,42 @@ class Network(nn.Module):
 
     def _loss(self, x, target):
         return self.criterion(self(x), target)
+
+
+class DiscreteNetwork(nn.Module):
+    """NetworkCIFAR without the auxiliary head and drop path, each operation with its own ReLU."""
+
+    def __init__(self, C, num_classes, layers, genotype):
+        super().__init__()
+        self.stem = stem_cifar(3 * C)
+        self.cells = nn.ModuleList()
+        self.plans = []  # of each cell: the inputs of its operations, the nodes of its output
+        C_prev_prev, C_prev, reduction_prev = 3 * C, 3 * C, False
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            C *= 2 if reduction else 1
+            edges = genotype.reduce if reduction else genotype.normal
+            concat = list(genotype.reduce_concat if reduction else genotype.normal_concat)
+            cell = nn.Module()
+            if reduction_prev:
+                cell.preprocess0 = FactorizedReduce(C_prev_prev, C)
+            else:
+                cell.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0)
+            cell.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
+            cell._ops = nn.ModuleList(
+                OPS[name](C, 2 if reduction and node < 2 else 1, True) for name, node in edges
+            )
+            self.cells.append(cell)
+            self.plans.append(([node for _, node in edges], concat))
+            C_prev_prev, C_prev, reduction_prev = C_prev, len(concat) * C, reduction
+        self.classifier = nn.Linear(C_prev, num_classes)
+
+    def forward(self, x):
+        s0 = s1 = self.stem(x)
+        for cell, (inputs, concat) in zip(self.cells, self.plans, strict=True):
+            states = [cell.preprocess0(s0), cell.preprocess1(s1)]
+            for i in range(0, len(inputs), 2):
+                first, second = (cell._ops[j](states[inputs[j]]) for j in (i, i + 1))
+                states.append(first + second)
+            s0, s1 = s1, torch.cat([states[node] for node in concat], 1)
+        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

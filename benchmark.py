@@ -1,0 +1,482 @@
+"""Speed and memory, side by side with the network edge by edge and the loops as released.
+
+    python benchmark.py supernet   # forward + backward of the search network, bytes kept, calls
+    python benchmark.py search     # whole search steps, first and second order, loaders included
+    python benchmark.py train      # steps of the 20-cell network
+    python benchmark.py data       # images per second of the loaders
+    python benchmark.py cost       # time and memory against K, channels and batch
+    python benchmark.py all
+
+Both sides run in one process, in turns; a row is the median of --repeats runs, with the fastest
+and the slowest. Prints Markdown and writes the same figures to --json. The other side is
+tests/textbook.py. What was measured on which machine stands in BENCHMARKS.md.
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import data
+import genotypes
+import utils
+from architect import Architect, Gradients
+from model import NetworkCIFAR
+from model_search import Network
+
+sys.path.insert(0, str(Path(__file__).parent / "tests"))
+import measure
+import textbook
+
+IMAGES, EPOCHS, FROZEN = 25_000, 50, 15  # of the published CIFAR-10 search: half, epochs, --begin
+CRITERION = nn.CrossEntropyLoss()
+SETTINGS = SimpleNamespace(  # of the published search
+    momentum=0.9, weight_decay=3e-4, arch_learning_rate=6e-4, arch_weight_decay=1e-3,
+    learning_rate=0.1, grad_clip=5.0,
+)  # fmt: skip
+
+
+def get_args():
+    parser = utils.Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    kinds = ["supernet", "search", "train", "data", "cost", "all"]
+    add("what", nargs="?", default="all", choices=kinds, help="which of the tables")
+    add("--batch_size", type=utils.count, help="images in a step; None: 256 on a GPU, 64 on a CPU")
+    add("--repeats", type=utils.count, default=5, help="runs of each side, after one to warm up")
+    add("--init_channels", type=utils.count, default=16, help="channels C of the supernet")
+    add("--layers", type=utils.depth, default=8, help="cells of the supernet")
+    add("--json", default="benchmark.json", help="file for the figures")
+    add("--gpu", type=utils.natural, default=0, help="which GPU, where there is one")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    return parser.parse_args()
+
+
+def main(args):
+    args.device = utils.choose_device(args)
+    args.batch_size = args.batch_size or (256 if args.device.type == "cuda" else 64)
+    tables = {"supernet": supernet, "search": search, "train": train, "data": loaders, "cost": cost}
+    machine = {
+        "device": hardware(args.device), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "batch_size": args.batch_size,
+        "repeats": args.repeats, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    results = {"machine": machine}
+    for name in tables if args.what == "all" else [args.what]:
+        utils.set_seed(0)
+        results[name] = tables[name](args)
+        print(f"\n## {name}\n\n{markdown(results[name])}", flush=True)
+    try:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise utils.UserError(f"--json {args.json}: {error.strerror}; name another file") from None
+
+
+def supernet(args):
+    """Forward + backward: seconds, bytes kept for backward, aten calls, peak memory, the floor."""
+    old, new, again = sides(args, recompute=(False, True))
+    x, y = batch(args, args.batch_size)
+    runs = {
+        "textbook, float32": (old, False), "ours, float32": (new, False),
+        "ours, float32, --recompute": (again, False),
+        "textbook, bfloat16": (old, True), "ours, bfloat16 (--amp)": (new, True),
+    }  # fmt: skip
+    steps = {name: forward_backward(*run, x, y) for name, run in runs.items()}
+    times = in_turns(steps, args)
+    few = x[:4], y[:4]
+    bandwidth = copy_bandwidth(args.device)
+    rows = []
+    for name, (network, amp) in runs.items():
+        step = forward_backward(network, amp, *few)
+        loss = loss_of(network, amp, *few)
+        moved = measure.bytes_moved(step) / len(few[0]) * len(x)
+        rows.append(
+            {
+                "side": name,
+                **timing(times[name], times[f"textbook, {name.split(', ')[1].split()[0]}"]),
+                "MB kept per image": measure.bytes_kept(loss, network.parameters()) / 4e6,
+                "aten calls": measure.aten_calls(step).total(),
+                "peak memory, MiB": peak(args, network, amp),
+                "floor: bytes moved / copy speed, s": moved / bandwidth,
+            }
+        )
+    return rows
+
+
+def search(args):
+    """Whole search steps, with their loaders: the released way against ours."""
+    old, new = sides(args)
+    rows = []
+    for amp in (False, True) if args.device.type == "cuda" else (False,):
+        for unrolled in (False, True):
+            steps = {
+                "released way": ReleasedSearch(args, old, unrolled).step,
+                "ours": OurSearch(args, new, unrolled, amp).step,
+                "ours, alphas and betas frozen": OurSearch(args, new, None, amp).step,
+            }
+            times = in_turns(steps, args, warm_up=1 + Gradients.WARM_UP)
+            frozen = statistics.median(times["ours, alphas and betas frozen"])
+            order = "second order" if unrolled else "first order"
+            for name, seconds in times.items():
+                row = {"side": f"{name}, {order}" + ", bfloat16" * (amp and "ours" in name)}
+                row |= timing(seconds, times["released way"])
+                row["images per second"] = args.batch_size / row["median, s"]
+                before = row["median, s"] / 2 if "released" in name else frozen
+                whole = FROZEN * before + (EPOCHS - FROZEN) * row["median, s"]
+                row["whole search, minutes"] = whole * IMAGES / args.batch_size / 60
+                if "frozen" in name:
+                    row["whole search, minutes"] = None
+                rows.append(row)
+    return rows
+
+
+def train(args):
+    """Steps of the discrete network: plain (a ReLU in each operation, NCHW) against ours."""
+    size = args.batch_size if args.device.type == "cuda" else max(1, args.batch_size // 4)
+    new = NetworkCIFAR(36, 10, 20, False, genotypes.PCDARTS)
+    old = textbook.DiscreteNetwork(36, 10, 20, genotypes.PCDARTS)
+    old.load_state_dict(new.state_dict())
+    x, y = batch(args, size)
+    steps = {}
+    for name, network in {"plain": old, "ours": new}.items():
+        steps[name] = training_step(network.to(args.device), False, x, y)
+        steps[f"{name}, bfloat16"] = training_step(network, True, x, y)
+    times = in_turns(steps, args)
+    return [
+        {
+            "side": f"{name}, batch {size}",
+            **timing(seconds, times["plain" + ", bfloat16" * ("bfloat16" in name)]),
+            "images per second": size / statistics.median(seconds),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def loaders(args):
+    """An epoch of 2,560 images: torchvision transforms in two workers against data.Batches."""
+    images = random_images(2_560)
+    mine = iter(our_batches(args, images).forever())
+    theirs = forever(torchvision_loader(images, args.batch_size))
+    fresh = torchvision_loader(images, args.batch_size)
+    steps = {
+        "torchvision, 2 workers": lambda: next(theirs),
+        "torchvision, a fresh iterator each step, as released": lambda: next(iter(fresh)),
+        "ours, on the device": lambda: next(mine),
+    }
+    times = in_turns(steps, args, warm_up=3)
+    return [
+        {
+            "side": name,
+            **timing(seconds, times["torchvision, 2 workers"]),
+            "images per second": args.batch_size / statistics.median(seconds),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def cost(args):
+    """Time and memory of ours against K, channels and batch."""
+    B = args.batch_size
+    grid = [(k, 16, B) for k in (1, 2, 4, 8)] + [(4, 32, B)] + [(4, 16, 2 * B), (4, 16, 4 * B)]
+    rows = []
+    for k, C, size in grid:
+        network = Network(C, 10, args.layers, CRITERION, k=k).to(args.device)
+        x, y = batch(args, size)
+        times = in_turns({"ours": forward_backward(network, False, x, y)}, args)["ours"]
+        kept = measure.bytes_kept(loss_of(network, False, x[:4], y[:4]), network.parameters())
+        median = statistics.median(times)
+        row = {
+            "K": k,
+            "C": C,
+            "batch": size,
+            "median, s": median,
+            "ms per image": median / size * 1e3,
+        }
+        rows.append(row | {"MB kept per image": kept / 4e6, "MB kept": kept / 4e6 * size})
+    return rows
+
+
+def sides(args, recompute=(False,)):
+    """The textbook's supernet and ours, one for each of `recompute`, on the device."""
+    make = dict(C=args.init_channels, num_classes=10, layers=args.layers, criterion=CRITERION)
+    ours = [Network(**make, recompute=again) for again in recompute]
+    old = textbook.Network(**make).to(args.device)
+    for name in ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"):
+        setattr(old, name, getattr(ours[0], name).detach().to(args.device).requires_grad_())
+    return [old, *(network.to(args.device) for network in ours)]
+
+
+def loss_of(network, amp, x, y):
+    def loss():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            return CRITERION(logits(network(x)), y)
+
+    return loss
+
+
+def logits(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def forward_backward(network, amp, x, y):
+    loss = loss_of(network, amp, x, y)
+
+    def step():
+        network.zero_grad()
+        for parameter in network.arch_parameters():
+            parameter.grad = None
+        loss().backward()
+
+    return step
+
+
+def training_step(network, amp, x, y):
+    loss = loss_of(network, amp, x, y)
+    optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+
+    def step():
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+
+    return step
+
+
+class ReleasedSearch:
+    """Search steps as released: all gradients in both, loaders with workers."""
+
+    def __init__(self, args, network, unrolled):
+        self.network, self.unrolled, self.device = network, unrolled, args.device
+        images = random_images(10 * args.batch_size)
+        self.train = forever(torchvision_loader(images, args.batch_size))
+        self.valid = torchvision_loader(images, args.batch_size)
+        self.weights, self.arch = list(network.parameters()), network.arch_parameters()
+        self.optimizer, self.adam = optimizers(self.weights, self.arch)
+
+    def step(self):
+        x, y = (tensor.to(self.device) for tensor in next(self.train))
+        valid = [tensor.to(self.device) for tensor in next(iter(self.valid))]
+        self.adam.zero_grad()
+        if self.unrolled:
+            self._unrolled(x, y, *valid)
+        else:
+            self.network._loss(*valid).backward()
+        self.adam.step()
+        self.optimizer.zero_grad()
+        self.network._loss(x, y).backward()
+        nn.utils.clip_grad_norm_(self.weights, SETTINGS.grad_clip)
+        self.optimizer.step()
+
+    def _unrolled(self, x, y, x_valid, y_valid):
+        eta = self.optimizer.param_groups[0]["lr"]
+        w = [weight.detach().clone() for weight in self.weights]
+        gradient = torch.autograd.grad(self.network._loss(x, y), self.weights)
+        with torch.no_grad():
+            for weight, g in zip(self.weights, gradient, strict=True):
+                moment = self.optimizer.state[weight].get("momentum_buffer", torch.zeros_like(g))
+                moment = SETTINGS.momentum * moment + g + SETTINGS.weight_decay * weight
+                weight.sub_(eta * moment)
+        self.optimizer.zero_grad()
+        self.network._loss(x_valid, y_valid).backward()
+        v = [weight.grad.clone() for weight in self.weights]
+        R = 0.01 / torch.cat([g.flatten() for g in v]).norm()
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for weight, value, g in zip(self.weights, w, v, strict=True):
+                    weight.copy_(value + sign * R * g)
+            sides.append(torch.autograd.grad(self.network._loss(x, y), self.arch))
+        with torch.no_grad():
+            for weight, value in zip(self.weights, w, strict=True):
+                weight.copy_(value)
+            for parameter, plus, minus in zip(self.arch, *sides, strict=True):
+                parameter.grad -= eta * (plus - minus) / (2 * R)
+
+
+class OurSearch:
+    """Search steps of engine.search_epoch; unrolled=None: weights only, as while frozen."""
+
+    def __init__(self, args, network, unrolled, amp):
+        self.network, self.unrolled = network, unrolled
+        images = random_images(10 * args.batch_size)
+        self.train, self.valid = (our_batches(args, images).forever() for _ in range(2))
+        self.weights = network.weights()
+        self.optimizer, _ = optimizers(self.weights, network.arch_parameters())
+        self.architect = Architect(network, SimpleNamespace(**vars(SETTINGS), amp=amp))
+
+        def loss(x, y):
+            out = network(x)
+            return CRITERION(out, y), out
+
+        self.gradients = Gradients(network, loss, amp)
+
+    def step(self):
+        x, y = next(self.train)
+        if self.unrolled is not None:
+            eta = self.optimizer.param_groups[0]["lr"]
+            self.architect.step(x, y, *next(self.valid), eta, self.optimizer, self.unrolled)
+        for weight, g in zip(self.weights, self.gradients(self.weights, x, y)[2], strict=True):
+            weight.grad = g
+        nn.utils.clip_grad_norm_(self.weights, SETTINGS.grad_clip)
+        self.optimizer.step()
+
+
+def optimizers(weights, arch):
+    sgd = torch.optim.SGD(
+        weights, SETTINGS.learning_rate, momentum=0.9, weight_decay=SETTINGS.weight_decay
+    )
+    adam = torch.optim.Adam(arch, SETTINGS.arch_learning_rate, (0.5, 0.999), weight_decay=1e-3)
+    return sgd, adam
+
+
+class CIFARLike(Dataset):
+    """Images as torchvision's CIFAR10 gives them, through the transforms of the released code."""
+
+    def __init__(self, images):
+        self.images = images
+        mean, std = data.STATISTICS["cifar10"]
+        crop = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
+        self.transform = T.Compose([T.ToPILImage(), *crop, T.ToTensor(), T.Normalize(mean, std)])
+
+    def __len__(self):
+        return len(self.images.labels)
+
+    def __getitem__(self, i):
+        return self.transform(self.images.images[i].numpy()), int(self.images.labels[i])
+
+
+def random_images(n):
+    draw = np.random.default_rng(0)
+    pixels = torch.from_numpy(draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8))
+    return data.Images(pixels, torch.from_numpy(draw.integers(0, 10, n)))
+
+
+def torchvision_loader(images, batch_size):
+    return DataLoader(CIFARLike(images), batch_size, shuffle=True, num_workers=2, drop_last=True)
+
+
+def our_batches(args, images):
+    mean, std = data.STATISTICS["cifar10"]
+    dataset = SimpleNamespace(mean=mean, std=std, flip=True)
+    return data.Batches(images, dataset, args.batch_size, args.device, augment=True, shuffle=True)
+
+
+def forever(loader):
+    while True:
+        yield from loader
+
+
+def batch(args, n):
+    x = torch.randn(n, 3, 32, 32, device=args.device)
+    return x, torch.randint(10, (n,), device=args.device)
+
+
+def in_turns(steps, args, warm_up=1):
+    """Seconds of args.repeats runs of each of `steps`, a dict, that alternate."""
+    seconds = {name: [] for name in steps}
+    for _ in range(warm_up):
+        for step in steps.values():
+            step()
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            wait(args.device)
+            start = time.perf_counter()
+            step()
+            wait(args.device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timing(seconds, reference):
+    median = statistics.median(seconds)
+    return {
+        "median, s": median, "fastest, s": min(seconds), "slowest, s": max(seconds),
+        "times as fast": statistics.median(reference) / median,
+    }  # fmt: skip
+
+
+def copy_bandwidth(device):
+    """Bytes a second, read and written, of copies of 256 MiB."""
+    source = torch.zeros(2**26, device=device)
+    target = torch.ones_like(source)
+    seconds = in_turns(
+        {"": lambda: target.copy_(source)}, SimpleNamespace(device=device, repeats=5)
+    )
+    return 2 * source.nbytes / statistics.median(seconds[""])
+
+
+def peak(args, network, amp):
+    """Peak memory of one step in MiB: of the tensors on a GPU, else of a process of its own."""
+    if args.device.type == "cuda":
+        x, y = batch(args, args.batch_size)
+        torch.cuda.reset_peak_memory_stats(args.device)
+        forward_backward(network, amp, x, y)()
+        return torch.cuda.max_memory_allocated(args.device) / 2**20
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        again = getattr(network, "_arguments", {}).get("recompute", False)
+        which = (not isinstance(network, textbook.Network), again, amp)
+        return pool.apply(
+            _peak_of_process, (args.batch_size, args.init_channels, args.layers, *which)
+        )
+
+
+def _peak_of_process(batch_size, C, layers, ours, recompute, amp):
+    args = SimpleNamespace(device=torch.device("cpu"), init_channels=C, layers=layers)
+    x, y = batch(args, batch_size)
+    network = sides(args, recompute=(recompute,))[ours]
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak, which a process inherits
+        before = _resident_peak()
+        forward_backward(network, amp, x, y)()
+        return (_resident_peak() - before) / 2**10
+    except OSError:
+        return None
+
+
+def _resident_peak():
+    """The largest resident size of this process in KiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return device.type
+
+
+def markdown(rows):
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        lines.append("| " + " | ".join(_shown(row[name]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def _shown(value):
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)
