@@ -24,7 +24,7 @@ class Gradients:
     def __call__(self, wanted, input, target):
         """(loss, logits, gradients): gradients of the tensors `wanted`, a list, in its order."""
         key = (tuple(map(id, wanted)), input.shape, self.model.training)
-        if not self.graphs or input.device.type != "cuda":
+        if not self.graphed(input):
             return self._compute(wanted, input, target)
         calls = self.calls[key] = self.calls.get(key, 0) + 1
         if calls <= self.WARM_UP:
@@ -42,6 +42,9 @@ class Gradients:
         graph.replay()
         loss, logits, gradients = results  # which the next replay overwrites
         return loss.clone(), logits.clone(), [gradient.clone() for gradient in gradients]
+
+    def graphed(self, input):
+        return self.graphs and input.device.type == "cuda"
 
     def _compute(self, wanted, input, target):
         kept = {id(tensor) for tensor in wanted}

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import ctypes
 import io
 import json
 import logging
@@ -34,20 +33,8 @@ def user_errors(*kinds):
         raise UserError(str(error)) from error
 
 
-def keep_freed_memory():
-    """Has glibc's malloc keep what is freed, instead of giving it back and faulting it in again.
-
-    README, section on speed. Does nothing where the C library is another.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors too come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and it does not shrink
-
-
 def run(main, get_args):
     """main(get_args()) as a script: a UserError is one line and exit code 2, an interrupt 130."""
-    keep_freed_memory()
     try:
         main(get_args())
     except UserError as error:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import measure
 import model_search
 import recipe
-from architect import Architect
+from architect import Architect, Gradients, frozen
 
 CASES = {
     "cifar_k4": ("pcdarts", {}),
@@ -165,3 +166,94 @@ def test_backward_computes_no_weight_gradients():
     case.architect.backward(*batches, 0.1, case.optimizer, unrolled=False)
     assert all(weight.grad is None for weight in case.model.weights())
     assert all(tensor.grad is not None for tensor in case.arch.values())
+
+
+class Replayed(Gradients):
+    """Gradients whose graph is the computation itself, run again into the captured tensors."""
+
+    captures = replays = asides = 0
+
+    def graphed(self, input):
+        return self.graphs
+
+    def _aside(self, *batch):
+        self.asides += 1
+        return self._compute(*batch)
+
+    def _capture(self, wanted, input, target):
+        self.captures += 1
+        own = torch.zeros_like(input), torch.zeros_like(target)
+        results = self._compute(wanted, *own)  # as in a capture: of no use before a replay
+
+        def replay():
+            self.replays += 1
+            loss, logits, gradients = self._compute(wanted, *own)
+            for tensor, value in zip(
+                [*results[:2], *results[2]], [loss, logits, *gradients], strict=True
+            ):
+                tensor.copy_(value)
+
+        return SimpleNamespace(replay=replay), *own, results
+
+
+def test_captured_gradients_are_those_of_each_batch():
+    """Warm-up, capture, replay, and a last short batch; the capture itself is a stand-in."""
+    torch.manual_seed(0)
+    network = model_search.Network(8, 3, 3, nn.CrossEntropyLoss()).double()
+    network.train()
+
+    def loss(x, y):
+        logits = network(x)
+        return nn.functional.cross_entropy(logits, y), logits
+
+    plain, replayed = Gradients(network, loss), Replayed(network, loss)
+    for wanted in (network.weights(), network.arch_parameters()):
+        before = kept = None
+        for n in (4, 4, 4, 4, 4, 2, 4):
+            x, y = torch.randn(n, 3, 16, 16).double(), torch.arange(n) % 3
+            mine, its = replayed(wanted, x, y), plain(wanted, x, y)
+            for a, b in zip([*mine[:2], *mine[2]], [*its[:2], *its[2]], strict=True):
+                torch.testing.assert_close(a, b)
+            assert before is None or before[0] is not mine[0]
+            if before is not None:  # no replay has written over an earlier result
+                torch.testing.assert_close(before[0], kept)
+            before, kept = mine, mine[0].clone()
+    assert (replayed.captures, replayed.replays, replayed.asides) == (2, 6, 8)
+
+
+def test_a_failed_capture_warns_once_and_goes_on():
+    network = model_search.Network(8, 3, 3, nn.CrossEntropyLoss())
+
+    class Failing(Replayed):
+        def _capture(self, *batch):
+            raise RuntimeError("operation not permitted")
+
+    def loss(x, y):
+        value = network._loss(x, y)
+        return value, value
+
+    gradients = Failing(network, loss)
+    x, y = torch.randn(4, 3, 16, 16), torch.arange(4) % 3
+    with pytest.warns(UserWarning, match="no CUDA graph") as warned:
+        for _ in range(6):
+            gradients(network.arch_parameters(), x, y)
+    assert len(warned) == 1
+
+
+def test_frozen_tensors_learn_again_afterwards():
+    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1)
+    with pytest.raises(KeyError), frozen([a, b]):
+        assert not a.requires_grad
+        raise KeyError
+    assert a.requires_grad and not b.requires_grad
+
+
+def test_no_weight_gradient_is_computed_in_an_architecture_step():
+    case = Case("cifar_k4")
+    calls = measure.aten_calls(
+        lambda: case.architect.backward(
+            *case.batch("train0"), *case.batch("valid0"), 0.1, None, False
+        )
+    )
+    both = measure.aten_calls(lambda: case.model._loss(*case.batch("train0")).backward())
+    assert calls["convolution_backward"] < 0.8 * both["convolution_backward"]

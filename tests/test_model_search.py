@@ -4,6 +4,7 @@ import copy
 import json
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import measure
 import model_search
 import recipe
 import textbook
+from architect import Architect
 from genotypes import PRIMITIVES
 from operations import OPS, DilConv, Identity, SepConv
 
@@ -560,13 +562,98 @@ def kept(network):
 
 def test_bytes_kept_for_backward(default):
     assert kept(default["textbook"]) == pytest.approx(39.9, abs=0.2)
-    assert kept(default["model_search"]) <= 18
+    assert kept(default["model_search"]) <= 14
+    again = build(model_search, C=16, num_classes=10, layers=8, k=4, recompute=True)
+    assert kept(again) <= 9
+
+
+SPACES = {
+    "published": PRIMITIVES,
+    "without sep_conv": [name for name in PRIMITIVES if "sep" not in name],
+    "without dil_conv": [name for name in PRIMITIVES if "dil" not in name],
+    "without skip_connect": [name for name in PRIMITIVES if "skip" not in name],
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("k", [1, 2])
+def test_recomputing_changes_no_bit(space, k, monkeypatch):
+    monkeypatch.setattr(model_search, "PRIMITIVES", SPACES[space])
+    images, labels = batch(3, (16, 16), 3)
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        network = build(model_search, C=4, k=k, recompute=again).double()
+        learning = [*network.weights(), *network.arch_parameters()]
+        gradients.append(torch.autograd.grad(network._loss(images, labels), learning))
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_large_tensors_are_not_put_side_by_side():
+    small, large = torch.zeros(1, 2, 1, 2**20), torch.zeros(1, 1, 1, 2**23)
+    together = model_search.side_by_side([small, large, small, small, large])
+    assert [tensor.shape[1] for tensor in together] == [2, 1, 4, 1]
+
+
+def test_float32_rounds_little():
+    """Logits in training against those of float64; E[y^2] - E[y]^2 rounds more than edge by edge.
+
+    (Gradients of alphas jump where rounding moves a ReLU or a maximum, in the textbook's form too.)
+    """
+    torch.manual_seed(0)
+    network = build(model_search, C=16, layers=8, k=4)
+    images, _ = batch(16, (16, 16), 3)
+    with torch.no_grad():
+        single = network(images.float() + 3)
+        close(single.double(), network.double()(images + 3), tolerance=2e-5)
+
+
+def test_channels_without_variance_give_no_nan():
+    network = build(model_search, C=8, k=2)
+    loss = network._loss(torch.full((4, 3, 16, 16), 50.0), torch.tensor([0, 1, 2, 0]))
+    learning = [*network.weights(), *network.arch_parameters()]
+    gradients = torch.autograd.grad(loss, learning)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_bfloat16_leads_to_the_alphas_of_float32():
+    """softmax(alpha) and softmax(beta) after 20 steps of a search within 2 %."""
+    results = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        network = build(model_search, C=8, layers=4, k=4)
+        args = SimpleNamespace(
+            momentum=0.9,
+            weight_decay=3e-4,
+            arch_learning_rate=6e-4,
+            arch_weight_decay=1e-3,
+            amp=amp,
+        )
+        architect = Architect(network, args)
+        optimizer = torch.optim.SGD(network.weights(), 0.1, 0.9, weight_decay=3e-4)
+        for step in range(20):
+            torch.manual_seed(step)
+            labels = torch.arange(32) % 3
+            images = torch.randn(32, 3, 16, 16) + labels[:, None, None, None]
+            architect.step(images, labels, images.flip(3), labels, 0.1, optimizer, False)
+            for weight, value in zip(
+                network.weights(),
+                architect.gradients(network.weights(), images, labels)[2],
+                strict=True,
+            ):
+                weight.grad = value
+            optimizer.step()
+        results.append([tensor.detach().softmax(-1) for tensor in network.arch_parameters()])
+    for exact, rounded in zip(*results, strict=True):
+        assert ((rounded - exact).abs() / exact).max() < 0.02
+        assert not torch.equal(rounded, exact)
 
 
 def test_aten_calls(default):
     images, labels = images_and_labels(2)
     calls = measure.aten_calls(lambda: default["model_search"]._loss(images, labels).backward())
-    assert 1_000 < calls.total() <= 6_500, calls
+    assert 1_000 < calls.total() <= 4_500, calls
     textbook_calls = measure.aten_calls(
         lambda: default["textbook"]._loss(images, labels).backward()
     )

@@ -7,9 +7,13 @@ from torch import nn
 
 from operations import (
     OPS,
+    Depthwise,
     DilConv,
     FactorizedReduce,
+    HalvedMax,
     Identity,
+    NormReLUDepthwise,
+    NormSum,
     ReLUConvBN,
     SepConv,
     factorized_kernel,
@@ -172,3 +176,90 @@ def test_without_module_prefix():
     assert without_module_prefix({"a": 1, "module.b": 2}) == {"a": 1, "module.b": 2}
     assert without_module_prefix({}) == {}
     assert len(state) == 2
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+def turned(weight):
+    return weight.detach().flip(-2, -1)
+
+
+def same_gradients(actual, expected, inputs):
+    """Outputs and gradients with respect to `inputs` of two ways to compute the same."""
+    same(actual, expected)
+    g = torch.randn_like(expected)
+    pairs = zip(*(torch.autograd.grad(out, inputs, g) for out in (actual, expected)), strict=True)
+    for mine, formula in pairs:
+        same(mine, formula)
+
+
+def blocks(h, P):
+    """P h in every block of channels, as a grouped 1x1 convolution."""
+    return F.conv2d(h, P.flatten(0, 1)[:, :, None, None], groups=len(P))
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)])
+@pytest.mark.parametrize("k", [3, 5, 7])
+@pytest.mark.parametrize("c", [2, 8])  # the gradient of the kernels is taken in two ways
+def test_depthwise_of_each_channel_several_times(k, c, size):
+    S, kernels = 2, ((3, k, 1), (3, 3, 2), (1, 5, 1))  # (R, k, dilation)
+    x = random(4, S * c, *size)
+    weights = [random(S, R, c, k, k) for R, k, _ in kernels]
+    dilations = [dilation for *_, dilation in kernels]
+    outs = Depthwise.apply(x, dilations, [turned(weight) for weight in weights], *weights)
+    formula = []
+    for weight, (R, k, dilation) in zip(weights, kernels, strict=True):
+        spread = x.relu().unflatten(1, (S, 1, c)).expand(-1, S, R, c, *size).flatten(1, 3)
+        kernel, padding = weight.reshape(-1, 1, k, k), dilation * (k // 2)
+        formula.append(F.conv2d(spread, kernel, None, 1, padding, dilation, len(kernel)))
+    same_gradients(torch.cat(outs, 1), torch.cat(formula, 1), [x, *weights])
+
+
+@pytest.mark.parametrize("again", [None, {}])
+@pytest.mark.parametrize("c", [2, 16])  # blocks go together in a group, or each alone
+def test_norm_relu_depthwise(c, again):
+    G = 6
+    h, P, weight = random(3, G * c, 6, 8), random(G, c, c), random(G, c, 5, 5)
+    moments = []
+    out = NormReLUDepthwise.apply(None, None, moments, again, turned(weight), h, P, weight)
+    kernel = weight.reshape(-1, 1, 5, 5)
+    formula = F.conv2d(norm(blocks(h, P)).relu(), kernel, None, 1, 2, 1, G * c)
+    same_gradients(out, formula, [h, P, weight])
+    minus_mean, var = (figures.flatten() for figures in moments[0])
+    y = blocks(h, P)
+    same(-minus_mean, y.mean((0, 2, 3)))
+    same(var, y.var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("plain", [0, 2])
+@pytest.mark.parametrize("started", [False, True])
+def test_norm_sum(plain, started):
+    T, G, c = 3, 5, 4
+    hs, P = [random(3, 3 * c, 6, 8), random(3, (2 + plain) * c, 6, 8)], random(G, c, c)
+    eye = torch.eye(c, dtype=torch.float64).expand(plain, c, c)
+    W, start = random(T, G + plain), random(3, T * c, 6, 8) if started else None
+    W_normed = W.detach().clone()
+    W_normed[:, G:] = 0
+    matrices = torch.cat([P, eye])
+    out = NormSum.apply(None, None, [], plain, start, W_normed, None, None, W, matrices, *hs)
+    h = torch.cat(hs, 1)
+    y = torch.cat([norm(blocks(h[:, : G * c], P)), h[:, G * c :]], 1).unflatten(1, (-1, c))
+    formula = torch.einsum("tg,ngchw->ntchw", W, y).flatten(1, 2)
+    formula = formula + start if started else formula
+    same_gradients(out, formula, [*hs, P, W] + ([start] if started else []))
+
+
+def test_norms_of_an_evaluation_use_the_running_figures():
+    h, P, W = random(2, 8, 4, 4), random(2, 4, 4), random(3, 2)
+    mean, var = torch.randn(2, 4).double(), torch.rand(2, 4).double() + 0.5
+    out = NormSum.apply(mean, var, None, 0, None, W.detach(), None, None, W, P, h)
+    y = F.batch_norm(blocks(h, P), mean.flatten(), var.flatten()).unflatten(1, (2, 4))
+    formula = torch.einsum("tg,ngchw->ntchw", W, y).flatten(1, 2)
+    same_gradients(out, formula, [h, P, W])
+
+
+def test_halved_max():
+    x = random(2, 3, 6, 8)
+    same_gradients(HalvedMax.apply(x), F.max_pool2d(x, 2, 2), [x])

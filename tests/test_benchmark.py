@@ -1,0 +1,92 @@
+"""benchmark.py as people run it, on networks that are small."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import benchmark
+import measure
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--batch_size 4 --repeats 2 --init_channels 8 --layers 3 --device cpu"
+
+
+def run(what, folder, *flags):
+    command = [sys.executable, ROOT / "benchmark.py", what, *SMALL.split(), *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("what", ["supernet", "search", "data", "cost"])
+def test_tables(what, tmp_path):
+    done = run(what, tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert results["machine"]["threads"] == torch.get_num_threads()
+    rows = results[what]
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + len(rows)  # and the header
+    for line, row in zip(table[1:], rows, strict=True):
+        assert len(re.findall(r"\|", line)) == len(row) + 1
+        assert row["median, s"] > 0
+    if what == "supernet":
+        by_side = {row["side"]: row for row in rows}
+        old, new = by_side["textbook, float32"], by_side["ours, float32"]
+        assert old["times as fast"] == 1 and old["aten calls"] > 2 * new["aten calls"]
+        assert old["MB kept per image"] > 2 * new["MB kept per image"]
+
+
+def test_train_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "NetworkCIFAR", lambda *sizes: benchmark_network(4))
+    args = benchmark.SimpleNamespace(device=torch.device("cpu"), batch_size=4, repeats=1)
+    old = benchmark.textbook.DiscreteNetwork
+    make = lambda C, *rest: old(4, 10, 3, benchmark.genotypes.PCDARTS)  # noqa: E731
+    monkeypatch.setattr(benchmark.textbook, "DiscreteNetwork", make)
+    rows = benchmark.train(args)
+    assert [row["side"].split(",")[0] for row in rows] == ["plain", "plain", "ours", "ours"]
+
+
+def benchmark_network(C):
+    import model
+
+    return model.NetworkCIFAR(C, 10, 3, False, benchmark.genotypes.PCDARTS)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    done = run("data", tmp_path, "--json", "/nowhere/figures.json")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "/nowhere/figures.json" in done.stderr
+
+
+def test_both_sides_take_the_same_step():
+    """One released step, first and second order, moves alphas and weights as ours does."""
+    args = benchmark.SimpleNamespace(
+        device=torch.device("cpu"), batch_size=4, init_channels=8, layers=3
+    )
+    for unrolled in (False, True):
+        old, new = (network.double() for network in benchmark.sides(args))
+        for name in ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"):
+            setattr(old, name, getattr(new, name).detach().clone().requires_grad_())
+        state = {name: value for name, value in new.state_dict().items() if "as_" not in name}
+        old.load_state_dict(state, strict=False)
+        mine = benchmark.OurSearch(args, new, unrolled, False)
+        its = benchmark.ReleasedSearch(args, old, unrolled)
+        batches = [(torch.randn(4, 3, 32, 32).double(), torch.arange(4)) for _ in range(2)]
+        mine.train, mine.valid = iter(batches[:1]), iter(batches[1:])
+        its.train, its.valid = iter(batches[:1]), batches[1:]
+        mine.step()
+        its.step()
+        for a, b in zip(new.arch_parameters(), old.arch_parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(new.classifier.weight, old.classifier.weight)
+
+
+def test_bytes_moved():
+    x, w = torch.ones(100), nn.Parameter(torch.ones(100))
+    assert measure.bytes_moved(lambda: x * w) == 1200
+    assert measure.bytes_moved(lambda: x.view(10, 10)) == 0
