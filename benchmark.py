@@ -91,9 +91,7 @@ def supernet(args):
         "textbook, bfloat16": (old, True), "ours, bfloat16 (--amp)": (new, True),
     }  # fmt: skip
     steps = {name: forward_backward(*run, x, y) for name, run in runs.items()}
-    times = {}
-    for kind in ("float32", "bfloat16"):
-        times |= in_turns({name: step for name, step in steps.items() if kind in name}, args)
+    times = in_turns(steps, args)
     few = x[:4], y[:4]
     bandwidth = copy_bandwidth(args.device)
     rows = []
@@ -164,17 +162,21 @@ def train(args):
 
 
 def loaders(args):
-    """An epoch of 2,560 images: torchvision transforms in two workers against data.Batches."""
-    images = random_images(2_560)
+    """Batches of random images: torchvision transforms in two workers against data.Batches."""
+    images = random_images(10 * args.batch_size)
     mine = iter(our_batches(args, images).forever())
     theirs = forever(torchvision_loader(images, args.batch_size))
     fresh = torchvision_loader(images, args.batch_size)
-    steps = {
-        "torchvision, 2 workers": lambda: next(theirs),
-        "torchvision, a fresh iterator each step, as released": lambda: next(iter(fresh)),
-        "ours, on the device": lambda: next(mine),
+    counts = {  # batches in a run: many more than the workers have ready when it begins
+        "torchvision, 2 workers": (40, lambda: next(theirs)),
+        "torchvision, a fresh iterator each step, as released": (4, lambda: next(iter(fresh))),
+        "ours, on the device": (40, lambda: next(mine)),
     }
-    times = in_turns(steps, args, warm_up=3)
+    steps = {
+        name: lambda n=n, one=one: [one() for _ in range(n)] for name, (n, one) in counts.items()
+    }
+    times = in_turns(steps, args)
+    times = {name: [t / counts[name][0] for t in seconds] for name, seconds in times.items()}
     return [
         {
             "side": name,
@@ -384,7 +386,12 @@ def batch(args, n):
 
 
 def in_turns(steps, args, warm_up=1):
-    """Seconds of args.repeats runs of each of `steps`, a dict, that alternate."""
+    """Seconds of args.repeats runs of each of `steps`, a dict, that alternate; bfloat16 apart."""
+    rounded = {name: step for name, step in steps.items() if "bfloat16" in name}
+    if 0 < len(rounded) < len(steps):
+        exact = {name: step for name, step in steps.items() if name not in rounded}
+        times = in_turns(exact, args, warm_up) | in_turns(rounded, args, warm_up)
+        return {name: times[name] for name in steps}
     seconds = {name: [] for name in steps}
     for _ in range(warm_up):
         for step in steps.values():

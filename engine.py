@@ -77,17 +77,17 @@ def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, 
 def train_epoch(loader, model, criterion, optimizer, args, log):
     """One epoch of a discrete network; returns the training figures as a dict.
 
-    args: auxiliary, auxiliary_weight, grad_clip, report_freq.
+    args: auxiliary, auxiliary_weight, amp, grad_clip, report_freq.
     """
     model.train()
     figures = Figures("train", loader, args.report_freq, log)
     for x, y in figures.steps():
         optimizer.zero_grad()
-        logits, logits_aux = model(x)
-        loss = criterion(logits, y)
-        total = loss
-        if args.auxiliary:
-            total = loss + args.auxiliary_weight * criterion(logits_aux, y)
+        with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
+            logits, logits_aux = model(x)
+            total = criterion(logits, y)
+            if args.auxiliary:
+                total = total + args.auxiliary_weight * criterion(logits_aux, y)
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()

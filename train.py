@@ -38,6 +38,7 @@ def get_args():
     add("--grad_clip", type=utils.positive, default=5.0, help="norm of the gradient")
     add("--cutout", action="store_true", help="cut a square out of every training image")
     add("--cutout_length", type=utils.count, default=16, help="side of that square in pixels")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--save", default="EXP", help="name of the run: its folder is eval-NAME-DATE-TIME")
     return parser.parse_args()
 
