@@ -71,14 +71,15 @@ def main(args):
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     results = {"machine": machine}
+    try:
+        Path(args.json).touch()  # before the measuring, not after it
+    except OSError as error:
+        raise utils.UserError(f"--json {args.json}: {error.strerror}; name another file") from None
     for name in tables if args.what == "all" else [args.what]:
         utils.set_seed(0)
         results[name] = tables[name](args)
         print(f"\n## {name}\n\n{markdown(results[name])}", flush=True)
-    try:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise utils.UserError(f"--json {args.json}: {error.strerror}; name another file") from None
+    Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def supernet(args):
@@ -193,7 +194,8 @@ def cost(args):
     grid = [(k, 16, B) for k in (1, 2, 4, 8)] + [(4, 32, B)] + [(4, 16, 2 * B), (4, 16, 4 * B)]
     rows = []
     for k, C, size in grid:
-        network = Network(C, 10, args.layers, CRITERION, k=k).to(args.device)
+        with utils.user_errors(ValueError):
+            network = Network(C, 10, args.layers, CRITERION, k=k).to(args.device)
         x, y = batch(args, size)
         times = in_turns({"ours": forward_backward(network, False, x, y)}, args)["ours"]
         kept = measure.bytes_kept(loss_of(network, False, x[:4], y[:4]), network.parameters())
@@ -212,7 +214,8 @@ def cost(args):
 def sides(args, recompute=(False,)):
     """The textbook's supernet and ours, one for each of `recompute`, on the device."""
     make = dict(C=args.init_channels, num_classes=10, layers=args.layers, criterion=CRITERION)
-    ours = [Network(**make, recompute=again) for again in recompute]
+    with utils.user_errors(ValueError):
+        ours = [Network(**make, recompute=again) for again in recompute]
     old = textbook.Network(**make).to(args.device)
     for name in ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"):
         setattr(old, name, getattr(ours[0], name).detach().to(args.device).requires_grad_())

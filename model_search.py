@@ -332,8 +332,9 @@ class Cell(nn.Module):
     def _mix(self, mixed, x, w, weights, mixture, moments):
         """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W)."""
         W, W_normed = mixture
-        if not W.shape[1]:
-            return mixed
+        if not W.shape[1]:  # a space of `none` and of operations that run one by one
+            n, _, h, width = x[:, :, :: self._stride(w), :: self._stride(w)].shape
+            return x.new_zeros(n, len(W) * self.c, h, width) if mixed is None else mixed
         (S, T), stride, weights = self.waves[w], self._stride(w), list(weights)
         firsts, seconds = [weights.pop(0), weights.pop(0)] if self.seps else [None, None]
         dils = weights.pop() if self.dils else None
@@ -654,4 +655,7 @@ class Network(nn.Module):
         state_dict = without_module_prefix(state_dict)
         for name in self._arch_names:
             state_dict.setdefault(name, getattr(self, name).detach())
-        return super().load_state_dict(state_dict, strict, assign)
+        keys = super().load_state_dict(state_dict, strict, assign)
+        for tensor in self.arch_parameters():  # which `assign` replaces by what requires none
+            tensor.requires_grad_()
+        return keys

@@ -340,6 +340,8 @@ def _depthwise(x, weight, dilation=1):
 def _spread_weight_gradient(g, x, weight, dilation):
     """dL/dweight (S, R, c, k, k) of `_depthwise` of `_spread`, as the diagonal of c x c kernels."""
     S, R, c, k, _ = weight.shape
+    if dilation > 1 and x.device.type == "cpu":  # oneDNN reads out of bounds there in bfloat16
+        g, x = g.to(weight.dtype), x.to(weight.dtype)
     kernel, padding = _shape(x, S * R * c, c, k, k), [dilation * (k // 2)] * 2
     (dweight,) = _conv_backward(["weight"], g, x, kernel, S, padding, dilation)
     return (

@@ -63,6 +63,12 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and "/nowhere/figures.json" in done.stderr
 
 
+@pytest.mark.parametrize("flags", ["--layers 2", "--init_channels 6"])
+def test_a_network_that_cannot_be_is_one_line(flags, tmp_path):
+    done = run("supernet", tmp_path, *flags.split())
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 def test_both_sides_take_the_same_step():
     """One released step, first and second order, moves alphas and weights as ours does."""
     args = benchmark.SimpleNamespace(

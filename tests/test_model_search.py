@@ -855,3 +855,18 @@ def test_genotype_leaves_the_network_alone():
     network.genotype()
     assert all(torch.equal(before[n], v) for n, v in network.state_dict().items())
     assert all(t.grad is None and t.requires_grad for t in network.arch_parameters())
+
+
+def test_alphas_still_learn_after_an_assigned_state_dict():
+    first, second = build(model_search), build(model_search)
+    second.load_state_dict(first.state_dict(), assign=True)
+    images, labels = images_and_labels(2)
+    second._loss(images, labels % 3).backward()
+    assert all(tensor.grad is not None for tensor in second.arch_parameters())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_space_of_none_gives_logits(k, monkeypatch):
+    monkeypatch.setattr(model_search, "PRIMITIVES", ["none"])
+    images, _ = images_and_labels(2)
+    assert build(model_search, k=k)(images).shape == (2, 3)
