@@ -7,25 +7,25 @@ import torch
 
 
 class Gradients:
-    """Gradients of `loss(input, target) -> (loss, logits)` for some tensors, and no others.
+    """Gradients of criterion(model(input), target) for some tensors, and no others.
 
     On a GPU the forward and backward pass of each kind of batch is captured in a CUDA graph after
     WARM_UP calls, and replayed from then on: one launch instead of thousands. A batch of another
     size, such as the last of an epoch, runs as it would without. amp: bfloat16 where autocast has
-    it.
+    it. Without a criterion the loss is model._loss(input, target), and stands for the logits too.
     """
 
     WARM_UP = 3
 
-    def __init__(self, model, loss, amp=False, graphs=True):
-        self.model, self.loss, self.amp, self.graphs = model, loss, amp, graphs
+    def __init__(self, model, criterion=None, amp=False, graphs=True):
+        self.model, self.criterion, self.amp, self.graphs = model, criterion, amp, graphs
         self.calls, self.captured, self.stream = {}, {}, None
 
     def __call__(self, wanted, input, target):
         """(loss, logits, gradients): gradients of the tensors `wanted`, a list, in its order."""
-        key = (tuple(map(id, wanted)), input.shape, self.model.training)
         if not self.graphed(input):
             return self._compute(wanted, input, target)
+        key = (tuple(map(id, wanted)), input.shape, self.model.training)
         calls = self.calls[key] = self.calls.get(key, 0) + 1
         if calls <= self.WARM_UP:
             return self._aside(wanted, input, target)
@@ -51,7 +51,11 @@ class Gradients:
         everything = [*self.model.parameters(), *self.model.arch_parameters()]
         with frozen([tensor for tensor in everything if id(tensor) not in kept]):
             with torch.autocast(input.device.type, torch.bfloat16, enabled=self.amp):
-                loss, logits = self.loss(input, target)
+                if self.criterion is None:
+                    loss = logits = self.model._loss(input, target)
+                else:
+                    logits = self.model(input)
+                    loss = self.criterion(logits, target)
             gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
         return loss.detach(), logits.detach(), list(gradients)
 
@@ -103,13 +107,8 @@ class Architect:
             betas=(0.5, 0.999),
             weight_decay=args.arch_weight_decay,
         )
-
-        def loss(input, target):
-            value = model._loss(input, target)
-            return value, value
-
         amp, graphs = getattr(args, "amp", False), not getattr(args, "no_cuda_graph", False)
-        self.gradients = Gradients(model, loss, amp, graphs)
+        self.gradients = Gradients(model, amp=amp, graphs=graphs)
 
     def step(
         self, input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled

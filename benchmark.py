@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import data
+import engine
 import genotypes
 import utils
 from architect import Architect, Gradients
@@ -93,18 +94,18 @@ def supernet(args):
     }  # fmt: skip
     steps = {name: forward_backward(*run, x, y) for name, run in runs.items()}
     times = in_turns(steps, args)
-    few = x[:4], y[:4]
+    few = x[:4], y[:4]  # enough for the counts
     bandwidth = copy_bandwidth(args.device)
     rows = []
     for name, (network, amp) in runs.items():
         step = forward_backward(network, amp, *few)
-        loss = loss_of(network, amp, *few)
+        loss = loss_of(network, amp, x, y)
         moved = measure.bytes_moved(step) / len(few[0]) * len(x)
         rows.append(
             {
                 "side": name,
                 **timing(times[name], times[f"textbook, {name.split(', ')[1].split()[0]}"]),
-                "MB kept per image": measure.bytes_kept(loss, network.parameters()) / 4e6,
+                "MB kept per image": measure.bytes_kept(loss, network.parameters()) / len(x) / 1e6,
                 "aten calls": measure.aten_calls(step).total(),
                 "peak memory, MiB": peak(args, network, amp),
                 "floor: bytes moved / copy speed, s": moved / bandwidth,
@@ -198,7 +199,7 @@ def cost(args):
             network = Network(C, 10, args.layers, CRITERION, k=k).to(args.device)
         x, y = batch(args, size)
         times = in_turns({"ours": forward_backward(network, False, x, y)}, args)["ours"]
-        kept = measure.bytes_kept(loss_of(network, False, x[:4], y[:4]), network.parameters())
+        kept = measure.bytes_kept(loss_of(network, False, x, y), network.parameters()) / 1e6
         median = statistics.median(times)
         row = {
             "K": k,
@@ -207,7 +208,7 @@ def cost(args):
             "median, s": median,
             "ms per image": median / size * 1e3,
         }
-        rows.append(row | {"MB kept per image": kept / 4e6, "MB kept": kept / 4e6 * size})
+        rows.append(row | {"MB kept per image": kept / size, "MB kept": kept})
     return rows
 
 
@@ -319,23 +320,14 @@ class OurSearch:
         self.train, self.valid = (our_batches(args, images).forever() for _ in range(2))
         self.weights = network.weights()
         self.optimizer, _ = optimizers(self.weights, network.arch_parameters())
-        self.architect = Architect(network, SimpleNamespace(**vars(SETTINGS), amp=amp))
-
-        def loss(x, y):
-            out = network(x)
-            return CRITERION(out, y), out
-
-        self.gradients = Gradients(network, loss, amp)
+        self.args = SimpleNamespace(**vars(SETTINGS), amp=amp, unrolled=unrolled)
+        self.architect = Architect(network, self.args)
+        self.gradients = Gradients(network, CRITERION, amp)
 
     def step(self):
-        x, y = next(self.train)
-        if self.unrolled is not None:
-            eta = self.optimizer.param_groups[0]["lr"]
-            self.architect.step(x, y, *next(self.valid), eta, self.optimizer, self.unrolled)
-        for weight, g in zip(self.weights, self.gradients(self.weights, x, y)[2], strict=True):
-            weight.grad = g
-        nn.utils.clip_grad_norm_(self.weights, SETTINGS.grad_clip)
-        self.optimizer.step()
+        valid = None if self.unrolled is None else next(self.valid)
+        both = self.architect, self.optimizer
+        engine.search_step(next(self.train), valid, self.weights, self.gradients, *both, self.args)
 
 
 def optimizers(weights, arch):

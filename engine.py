@@ -62,16 +62,26 @@ def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, 
     weights = model.weights()
     figures = Figures("search", loader, args.report_freq, log)
     for x, y in figures.steps():
-        if not frozen:
-            eta = optimizer.param_groups[0]["lr"]
-            architect.step(x, y, *next(valid_batches), eta, optimizer, unrolled=args.unrolled)
-        loss, logits, values = gradients(weights, x, y)  # none for alphas and betas
-        for weight, value in zip(weights, values, strict=True):
-            weight.grad = value
-        nn.utils.clip_grad_norm_(weights, args.grad_clip)
-        optimizer.step()
+        valid = None if frozen else next(valid_batches)
+        loss, logits = search_step((x, y), valid, weights, gradients, architect, optimizer, args)
         figures.update(loss, logits, y)
     return finite(figures.result(loader.device))
+
+
+def search_step(train, valid, weights, gradients, architect, optimizer, args):
+    """Alphas and betas on the batch `valid`, unless it is None, then the weights on `train`.
+
+    Returns loss and logits of the training batch.
+    """
+    if valid is not None:
+        eta = optimizer.param_groups[0]["lr"]
+        architect.step(*train, *valid, eta, optimizer, unrolled=args.unrolled)
+    loss, logits, values = gradients(weights, *train)  # none for alphas and betas
+    for weight, value in zip(weights, values, strict=True):
+        weight.grad = value
+    nn.utils.clip_grad_norm_(weights, args.grad_clip)
+    optimizer.step()
+    return loss, logits
 
 
 def train_epoch(loader, model, criterion, optimizer, args, log):

@@ -61,14 +61,12 @@ def side_by_side(tensors):
 
 
 def edges_by_source(steps):
-    """(targets of each source node, the edges in the order by source, as numbers by target).
+    """The edges in the order by source, as numbers by target.
 
     The edge from node i to target j has number 2 + 3 + ... + (j + 1) + i: 14 edges in 4 steps.
     """
     sources = range(steps + 1)
-    targets = [steps - max(0, i - 1) for i in sources]
-    order = [j * (j + 3) // 2 + i for i in sources for j in range(max(0, i - 1), steps)]
-    return targets, order
+    return [j * (j + 3) // 2 + i for i in sources for j in range(max(0, i - 1), steps)]
 
 
 def waves(steps):
@@ -127,9 +125,9 @@ class Cell(nn.Module):
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
-        self.targets, self.order = edges_by_source(steps)
+        self.order = edges_by_source(steps)
         self.waves = waves(steps)
-        self.strided = sum(self.targets[:2]) if reduction else 0  # edges with stride 2: the first
+        self.strided = 2 * steps if reduction else 0  # edges with stride 2: the first
         edges = [  # by target, as published, each op with its own initial weights
             [OPS[name](self.c, 2 if reduction and i < 2 else 1, False) for name in PRIMITIVES]
             for j in range(steps)
@@ -215,11 +213,6 @@ class Cell(nn.Module):
         places = self._mixture_places()
         self.shapes = [part.shape for part in places]
         self.register_buffer("places", torch.cat([part.flatten() for part in places]))
-        normed = [torch.ones(part.shape) for part in places]
-        for w, ((S, _), part) in enumerate(zip(self.waves, normed, strict=True)):
-            plain = S * len(self.skips) if self._stride(w) == 1 else 0
-            part[:, part.shape[1] - plain :] = 0
-        self.register_buffer("normed", torch.cat([part.flatten() for part in normed]))
         self._ops = nn.ModuleList(Edge() for _ in edges if self.others)
         for e, edge in zip(self.order, edges, strict=True):
             for o in self.others:
@@ -230,6 +223,10 @@ class Cell(nn.Module):
 
     def _stride(self, wave):
         return 2 if self.reduction and wave == 0 else 1
+
+    def _plain(self, wave):
+        """The number of blocks without a norm, the last: the skip_connects where they are x."""
+        return self.waves[wave][0] * len(self.skips) if self._stride(wave) == 1 else 0
 
     def _mixture_places(self):
         """Of each wave where in a row of all coefficients (E, ops) W has its entries: (T, blocks).
@@ -254,10 +251,12 @@ class Cell(nn.Module):
     def mixtures(self, coefficients):
         """(W, W_normed) of operations.NormSum, (T, blocks), of each wave; coefficients (E, ops)."""
         row = F.pad(coefficients.flatten(), (0, 1))
-        flat, sizes = row[self.places], [T * blocks for T, blocks in self.shapes]
-        normed = (flat.detach() * self.normed).split(sizes)
-        pairs = zip(flat.split(sizes), normed, self.shapes, strict=True)
-        return [(W.view(shape), W_normed.view(shape)) for W, W_normed, shape in pairs]
+        parts = row[self.places].split([T * blocks for T, blocks in self.shapes])
+        Ws = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        plain = [self._plain(w) for w in range(len(Ws))]
+        normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, plain, strict=True)]
+        normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
+        return list(zip(Ws, normed, strict=True))
 
     def forward(self, s0, s1, coefficients, betas, mixtures):
         """The output (N, multiplier * C, H, W), from those of the two cells before, ReLU'd.
@@ -342,28 +341,8 @@ class Cell(nn.Module):
         def running(rows):
             return *self.running[:, rows], moments
 
-        def depthwise(x, *groups, dilations):
-            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
-            return Depthwise.apply(x, dilations, [turned for _, turned, _ in groups], *kernels)
-
-        hs, Ps = [], []  # the operations' outputs before their last 1x1 convolution, and that
-        if stride == 1:
-            groups = [group for group in (firsts, dils) if group]
-            dilations = [1 if group is firsts else 2 for group in groups]
-            if groups:
-                hs += depthwise(x, *groups, dilations=dilations)
-        else:
-            relu = x.relu()
-            if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
-                kernel = (firsts[0].unsqueeze(3) * self.eye[:, :, None, None]).flatten(0, 2)
-                hs.append(
-                    F.conv2d(relu, kernel.to(x.dtype), None, 2, kernel.shape[3] // 2, groups=S)
-                )
-            if dils:  # with stride and dilation 2 it reads every other pixel alone
-                hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
-            for parts in zip(self.half_1, self.half_2, strict=True):
-                kernel = factorized_kernel(*parts).flatten(0, 1).to(x.dtype)
-                hs.append(halve(relu, kernel, groups=S))
+        hs = self._first_convolutions(x, S, T, stride, firsts, dils)
+        Ps = []  # the 1x1 convolutions behind them
         again = {} if self.recompute else None
         if firsts:
             kernel, turned, P = seconds
@@ -372,7 +351,7 @@ class Cell(nn.Module):
             Ps.append(P)
         if dils:
             Ps.append(dils[2])
-        plain = [x] * len(self.skips) if stride == 1 else []
+        skips = len(self.skips) if stride == 1 else 0  # which are x itself
 
         def pools(x):
             return [pool(x) for pool in self.pool_ops[w]]
@@ -382,7 +361,7 @@ class Cell(nn.Module):
             kept = list(kept)
             if firsts:
                 kept[0] = NormReLUDepthwise.remake(kept[0], kernel, again)
-            return side_by_side([*kept, *pools(x), *plain])
+            return side_by_side([*kept, *pools(x), *[x] * skips])
 
         if self.recompute:
             kept = [h.detach() for h in ([x, first, *hs[1:]] if firsts else [x, *hs])]
@@ -392,9 +371,32 @@ class Cell(nn.Module):
         without = W.shape[1] - sum(map(len, Ps))  # blocks whose norm is behind no convolution
         P = torch.cat([*Ps, self.eye.expand(without, -1, -1)])
         return NormSum.apply(
-            *running(self.last_rows[w]), S * len(plain), mixed, W_normed,
-            remake if self.recompute else None, kept, W, P, *side_by_side([*hs, *pooled, *plain]),
+            *running(self.last_rows[w]), self._plain(w), mixed, W_normed,
+            remake if self.recompute else None, kept, W, P,
+            *side_by_side([*hs, *pooled, *[x] * skips]),
         )  # fmt: skip
+
+    def _first_convolutions(self, x, S, T, stride, firsts, dils):
+        """The outputs of the operations' first convolutions: sep_convs, dil_convs, halves."""
+
+        def depthwise(x, *groups, dilations):
+            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
+            return Depthwise.apply(x, dilations, [turned for _, turned, _ in groups], *kernels)
+
+        if stride == 1:
+            groups = [group for group in (firsts, dils) if group]
+            dilations = [1 if group is firsts else 2 for group in groups]
+            return [*depthwise(x, *groups, dilations=dilations)] if groups else []
+        hs, relu = [], x.relu()
+        if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
+            kernel = (firsts[0].unsqueeze(3) * self.eye[:, :, None, None]).flatten(0, 2)
+            hs.append(F.conv2d(relu, kernel.to(x.dtype), None, 2, kernel.shape[3] // 2, groups=S))
+        if dils:  # with stride and dilation 2 it reads every other pixel alone
+            hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
+        for parts in zip(self.half_1, self.half_2, strict=True):
+            kernel = factorized_kernel(*parts).flatten(0, 1).to(x.dtype)
+            hs.append(halve(relu, kernel, groups=S))
+        return hs
 
     def _pass_by(self, bypass, rest, betas, stride):
         """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c))."""

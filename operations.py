@@ -164,8 +164,8 @@ EPS, MOMENTUM = 1e-5, 0.1  # of every batch norm: PyTorch's defaults
 
 
 def _conv_backward(which, g, x, weight, groups=1, padding=(0, 0), dilation=1):
-    """The gradient of a convolution with respect to "x", "weight" (its shape counts) or "bias"."""
-    mask = [name in which for name in ("x", "weight", "bias")]
+    """The gradients of a convolution with respect to "weight" (its shape counts) and "bias"."""
+    mask = [False, *(name in which for name in ("weight", "bias"))]
     geometry = [1, 1], list(padding), [dilation, dilation], False, [0, 0], groups
     gradients = torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, mask)
     return [gradient for gradient, wanted in zip(gradients, mask, strict=True) if wanted]
@@ -387,7 +387,7 @@ class HalvedMax(torch.autograd.Function):
     def backward(ctx, g):
         _refuse_second_derivatives()
         g = g.contiguous(memory_format=torch.channels_last)
-        x = torch.empty_like(g).resize_(ctx.size, memory_format=torch.channels_last)
+        x = torch.empty(ctx.size, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
         places = ctx.saved_tensors[0].long()
         return torch.ops.aten.max_pool2d_with_indices_backward(
             g, x, [2, 2], [2, 2], [0, 0], [1, 1], False, places

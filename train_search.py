@@ -77,12 +77,7 @@ def main(args):
         weight_decay=args.weight_decay,
     )
     architect = Architect(model, args)
-
-    def training_loss(x, y):
-        logits = model(x)
-        return criterion(logits, y), logits
-
-    gradients = Gradients(model, training_loss, args.amp, not args.no_cuda_graph)
+    gradients = Gradients(model, criterion, args.amp, not args.no_cuda_graph)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, args.epochs, args.learning_rate_min
     )

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,9 +38,10 @@ def aten_calls(function):
 
 
 def bytes_kept(function, parameters=()):
-    """Bytes of all tensors that `function()` saves for its backward, the parameters left out.
+    """Bytes of all tensors kept for the backward of the loss `function()`, parameters left out.
 
-    Tensors that share a storage count once, with the whole storage, since all of it is kept alive.
+    Those that autograd saves, and those that nodes of the graph hold by themselves. Tensors that
+    share a storage count once, with the whole storage, since all of it is kept alive.
     """
     storages, known = {}, _memory(list(parameters))
 
@@ -51,8 +53,41 @@ def bytes_kept(function, parameters=()):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = function()  # holds the graph, so that no storage is freed and its address used again
-    del kept
+    for node in _nodes(kept.grad_fn):
+        for tensor in _held(getattr(node, "__dict__", {}), set()):
+            pack(tensor)
     return sum(storages.values())
+
+
+def _nodes(last):
+    """All nodes of the graph that ends at `last`."""
+    seen, ahead = {last}, [last]
+    while ahead:
+        node = ahead.pop()
+        yield node
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        ahead += new
+
+
+def _held(thing, seen):
+    """The tensors in what a node holds: containers, plain objects and closures."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    inside = []
+    if torch.is_tensor(thing):
+        yield thing
+    elif isinstance(thing, dict):
+        inside = thing.values()
+    elif isinstance(thing, list | tuple):
+        inside = thing
+    elif getattr(thing, "__closure__", None):
+        inside = [cell.cell_contents for cell in thing.__closure__]
+    elif not isinstance(thing, type | nn.Module):
+        inside = getattr(thing, "__dict__", {}).values()
+    for each in inside:
+        yield from _held(each, seen)
 
 
 class _Bytes(TorchDispatchMode):

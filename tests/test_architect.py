@@ -202,11 +202,7 @@ def test_captured_gradients_are_those_of_each_batch():
     network = model_search.Network(8, 3, 3, nn.CrossEntropyLoss()).double()
     network.train()
 
-    def loss(x, y):
-        logits = network(x)
-        return nn.functional.cross_entropy(logits, y), logits
-
-    plain, replayed = Gradients(network, loss), Replayed(network, loss)
+    plain, replayed = (kind(network, nn.CrossEntropyLoss()) for kind in (Gradients, Replayed))
     for wanted in (network.weights(), network.arch_parameters()):
         before = kept = None
         for n in (4, 4, 4, 4, 4, 2, 4):
@@ -228,11 +224,7 @@ def test_a_failed_capture_warns_once_and_goes_on():
         def _capture(self, *batch):
             raise RuntimeError("operation not permitted")
 
-    def loss(x, y):
-        value = network._loss(x, y)
-        return value, value
-
-    gradients = Failing(network, loss)
+    gradients = Failing(network)
     x, y = torch.randn(4, 3, 16, 16), torch.arange(4) % 3
     with pytest.warns(UserWarning, match="no CUDA graph") as warned:
         for _ in range(6):

@@ -554,8 +554,8 @@ def images_and_labels(n):
 
 
 def kept(network):
-    """Megabytes kept for backward, per image."""
-    images, labels = images_and_labels(8)
+    """Megabytes kept for backward, per image, of a batch of 64."""
+    images, labels = images_and_labels(64)
     kept = measure.bytes_kept(lambda: network._loss(images, labels), network.parameters())
     return kept / 1e6 / len(images)
 
@@ -683,6 +683,15 @@ def test_measure_counts_what_is_computed_and_kept():
     w = torch.randn(100, requires_grad=True)
     both = measure.bytes_kept(lambda: (w.exp() * w).sum(), [w])  # exp's output, for two ops
     assert both == 400 and measure.bytes_kept(lambda: (w.exp() * w).sum()) == 800
+
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.inside = {"list": [x * 2, x * 3]}
+            ctx.closure = lambda: ctx.inside
+            return x * 4
+
+    assert measure.bytes_kept(lambda: Holds.apply(w).sum()) == 800  # which no hook sees
 
 
 # The list of operations is the user's
