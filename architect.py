@@ -4,6 +4,9 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+
+import distributed
 
 
 class Gradients:
@@ -22,7 +25,14 @@ class Gradients:
         self.calls, self.captured, self.stream = {}, {}, None
 
     def __call__(self, wanted, input, target):
-        """(loss, logits, gradients): gradients of the tensors `wanted`, a list, in its order."""
+        """(loss, logits, gradients): gradients of the tensors `wanted`, a list, in its order.
+
+        With many processes the gradients are those of the mean over the images of all of them.
+        """
+        loss, logits, gradients = self._local(wanted, input, target)
+        return loss, logits, distributed.average(gradients, len(target))
+
+    def _local(self, wanted, input, target):
         if not self.graphed(input):
             return self._compute(wanted, input, target)
         key = (tuple(map(id, wanted)), input.shape, self.model.training)
@@ -95,12 +105,13 @@ class Architect:
 
     model: has arch_parameters(), parameters() and _loss(input, target).
     args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay;
-    amp and no_cuda_graph, if they are there.
+    amp, no_cuda_graph and arch_grad_clip (norm of the gradient in a step), if they are there.
     """
 
     def __init__(self, model, args):
         self.model = model
         self.momentum, self.weight_decay = args.momentum, args.weight_decay
+        self.grad_clip = getattr(args, "arch_grad_clip", None)
         self.optimizer = torch.optim.Adam(
             model.arch_parameters(),
             lr=args.arch_learning_rate,
@@ -117,6 +128,8 @@ class Architect:
         self.backward(
             input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
         )
+        if self.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.arch_parameters(), self.grad_clip)
         self.optimizer.step()
 
     def backward(

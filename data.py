@@ -154,14 +154,8 @@ def _folder(root: Path, size: int) -> DataSet:
             raise UserError(
                 f"{root} has no {what} folder: put images there as train/CLASS and test/CLASS"
             )
-    classes, others = _classes(train), _classes(test)
-    if len(classes) < 2:
-        raise UserError(f"{train} has {len(classes)} class folders: put two or more there")
-    if classes != others:
-        name = min(set(classes) ^ set(others))
-        has, lacks = (train, test) if name in classes else (test, train)
-        raise UserError(f"{has} has a class {name!r} that {lacks} has not: make them the same")
-    samples, tests = _samples(train, classes), _samples(test, classes)
+    classes = class_names(train, test)
+    samples, tests = image_files(train, classes), image_files(test, classes)
     samples = [samples[i] for i in _fixed_order(len(samples)).tolist()]
     parts = []
     for paths, labels in (zip(*part, strict=True) for part in (samples, tests)):
@@ -169,16 +163,31 @@ def _folder(root: Path, size: int) -> DataSet:
     return DataSet(*parts, classes, *_statistics(parts[0].images), flip=True)
 
 
-def _classes(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def class_names(*folders: Path) -> list[str]:
+    """The names of the class folders, the same in all `folders`; UserError where they differ."""
+    names = [
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for folder in folders
+    ]
+    if len(names[0]) < 2:
+        raise UserError(f"{folders[0]} has {len(names[0])} class folders: put two or more there")
+    for folder, others in zip(folders, names, strict=True):
+        if others != names[0]:
+            name = min(set(names[0]) ^ set(others))
+            has, lacks = (folders[0], folder) if name in names[0] else (folder, folders[0])
+            raise UserError(f"{has} has a class {name!r} that {lacks} has not: make them the same")
+    return names[0]
 
 
-def _samples(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """Paths and labels of the images, found as ImageFolder does, but for hidden files."""
+def image_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """Paths and labels of the images, found as ImageFolder does, but for hidden files.
+
+    Raises UserError where a class has none.
+    """
+    start = len(str(folder))
 
     def wanted(path):
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-        return path.lower().endswith((*IMG_EXTENSIONS, ".gif")) and not hidden
+        return path.lower().endswith((*IMG_EXTENSIONS, ".gif")) and f"{os.sep}." not in path[start:]
 
     labels = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(folder, labels, is_valid_file=wanted, allow_empty=True)
@@ -195,7 +204,7 @@ def _read(sources, size: int) -> np.ndarray:
     def place(start):
         for i in range(start, min(start + 100, len(sources))):
             array = isinstance(sources[i], np.ndarray)
-            image = Image.fromarray(sources[i]) if array else _open(sources[i])
+            image = Image.fromarray(sources[i]) if array else open_image(sources[i])
             if image.size != (size, size):
                 image = center_crop(resize(image, size), size)  # bilinear, antialiased by PIL
             images[i] = image
@@ -206,8 +215,11 @@ def _read(sources, size: int) -> np.ndarray:
     return images
 
 
-def _open(path: str) -> Image.Image:
-    """Decode an image file to RGB, its transparency dropped as ImageFolder does."""
+def open_image(path: str) -> Image.Image:
+    """Decode an image file to RGB, its transparency dropped as ImageFolder does.
+
+    Raises UserError that names a file which is broken.
+    """
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16-bit grey, 0..65535, which convert() would clip
@@ -233,6 +245,21 @@ def _statistics(images: torch.Tensor) -> tuple[tuple, tuple]:
         means.append((share @ values).item())
         stds.append((share @ (values - means[-1]) ** 2).sqrt().item())
     return tuple(means), tuple(max(std, 1 / 255) for std in stds)  # a constant channel has std 0
+
+
+def check_images(state: dict, total: int) -> None:
+    """Raises UserError where the state of a loader is of another number of images."""
+    if state["images"] != total:
+        raise UserError(
+            f"the checkpoint is of {state['images']} images, not {total}: "
+            "resume with the data of the run"
+        )
+
+
+def normalized(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 as ToTensor and Normalize do; channels_last."""
+    x = x.permute(0, 3, 1, 2).float()  # without a copy of the bytes
+    return x.div_(255).sub_(mean).div_(std)
 
 
 class Batches:
@@ -303,11 +330,7 @@ class Batches:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state` at the next iteration; UserError if its number of images differs."""
-        if state["images"] != len(self.labels):
-            raise UserError(
-                f"the checkpoint is of {state['images']} images, not {len(self.labels)}: "
-                "resume with the data of the run"
-            )
+        check_images(state, len(self.labels))
         self.generator.set_state(state["generator"].cpu())
         self.order = state["order"] if state["order"] is None else state["order"].cpu()
         self.position, self.resumed = state["position"], True
@@ -332,8 +355,7 @@ class Batches:
                 columns = torch.where(mirrored.bool(), columns.flip(1), columns)
             batch = torch.arange(size, device=self.device)[:, None, None]
             x = F.pad(x, (0, 0, pad, pad, pad, pad))[batch, rows[:, :, None], columns[:, None, :]]
-        x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels_last without a copy
-        x = x.div_(255).sub_(self.mean).div_(self.std)
+        x = normalized(x, self.mean, self.std)
         if self.augment and self.cutout_length > 0:  # DeVries and Taylor, arXiv:1708.04552
             half = self.cutout_length // 2
             rows, columns = (  # (B, H), (B, W): which the square covers; the border clips it

@@ -1,12 +1,14 @@
 """The loops, each once: search an epoch, train an epoch, evaluate."""
 
 import copy
+import math
 import time
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+import distributed
 from utils import AverageMeter, UserError, accuracy, peak_memory
 
 
@@ -18,7 +20,8 @@ class Figures:
         self.name, self.report_freq, self.log = name, report_freq, log
         self.start = time.perf_counter()
         # A bar with the time left on a terminal, plain lines elsewhere.
-        self.bar = tqdm(loader, desc=name, leave=False, disable=None, dynamic_ncols=True)
+        quiet = None if distributed.is_main() else True
+        self.bar = tqdm(loader, desc=name, leave=False, disable=quiet, dynamic_ncols=True)
 
     def steps(self):
         """(x, y) of each step; in between the figures are shown every `report_freq` steps."""
@@ -37,12 +40,15 @@ class Figures:
             meter.update(value, len(y))
 
     def result(self, device):
-        loss, images = self.loss.avg, self.loss.cnt  # reading waits for the device
+        """The figures over the images of all processes."""
+        sums = [meter.sum for meter in (self.loss, self.top1, self.top5)]
+        *sums, images = distributed.total([*sums, float(self.loss.cnt)], device)  # waits for it
+        loss, top1, top5 = (value / max(images, 1) for value in sums)
         seconds = time.perf_counter() - self.start
         return {
             "loss": loss,
-            "top1": self.top1.avg,
-            "top5": self.top5.avg,
+            "top1": top1,
+            "top5": top5,
             "seconds": seconds,
             "images_per_second": images / seconds,
             "memory_mib": peak_memory(device),
@@ -98,7 +104,7 @@ def train_epoch(loader, model, criterion, optimizer, args, log):
             total = criterion(logits, y)
             if args.auxiliary:
                 total = total + args.auxiliary_weight * criterion(logits_aux, y)
-        total.backward()
+        (total * distributed.share(len(y), loader.device)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         figures.update(total, logits, y)
@@ -115,6 +121,22 @@ def evaluate(loader, model, criterion, args, log):
         logits = logits[0] if isinstance(logits, tuple) else logits
         figures.update(criterion(logits, y), logits, y)
     return figures.result(loader.device)
+
+
+def learning_rate(epoch, epochs, base, schedule, warm_up, last=0.0):
+    """Of epoch 0, 1, ... of an ImageNet run, as published.
+
+    "cosine" from `base` to `last`, "linear" to base / (epochs - 5) and in five epochs to zero.
+    warm_up: in the first five epochs it rises to `base` instead.
+    """
+    left = epochs - epoch
+    if warm_up and epoch < 5:
+        return base * (epoch + 1) / 5
+    if schedule == "cosine":
+        return last + (base - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if epochs <= 5:  # README, difference 14
+        return base * left / epochs
+    return base * (left - 5) / (epochs - 5) if left > 5 else base * left / ((epochs - 5) * 5)
 
 
 def check_size(model, size):

@@ -202,10 +202,11 @@ def parameters(network):
     return sum(p.numel() for name, p in network.named_parameters() if "auxiliary_head." not in name)
 
 
-def multiply_adds(network, size):
+def multiply_adds(network, size, paper=False):
     """The multiply-adds of Conv2d and Linear layers for one 3 x size x size image, in evaluation.
 
-    Raises ValueError where the network does.
+    paper: as the published tables count, with each element that a batch norm reads twice, and
+    those that ReLUs and pools read once. Raises ValueError where the network does.
     """
     total = 0
 
@@ -218,7 +219,24 @@ def multiply_adds(network, size):
 
         return hook
 
+    def count_read(times):
+        def hook(module, inputs, output):
+            nonlocal total
+            total += times * sum(x.numel() for x in inputs if torch.is_tensor(x))
+
+        return hook
+
     network = copy.deepcopy(network).to("meta").eval()  # shapes alone
+    if paper:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(count_read(2))
+            # A Cell's two inputs, and what stem1 reads, are ReLU'd before they come.
+            kinds = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Cell)
+            if isinstance(module, kinds):
+                module.register_forward_hook(count_read(1))
+        if isinstance(network, NetworkImageNet):
+            network.stem1[1].register_forward_hook(count_read(1))
     for module in network.modules():
         if isinstance(module, FactorizedReduce):  # never calls its two convolutions as such
             module.bn.register_forward_hook(count(module.conv_1, module.conv_2))

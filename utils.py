@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 FORMAT = 1  # of checkpoints and args.json; raised when an older reader could not use them
 
@@ -47,14 +49,21 @@ def run(main, get_args):
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if "can't allocate memory" in str(error):
+            hint = "lower --batch_size, --init_channels or --input_size"
+            sys.exit(_fail(f"out of memory; {hint}", 2))
+        if not dist.is_initialized() or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
-        sys.exit(_fail("out of memory; lower --batch_size, --init_channels or --input_size", 2))
+        hint = "see what it says, then go on with --resume FOLDER"
+        sys.exit(_fail(f"another process of this job ended or cannot be reached; {hint}", 1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fail(message, code):
     message = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
+    print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -106,11 +115,73 @@ def add_common_arguments(parser, batch_size):
     add("--seed", type=natural, help="of every random number", default=0)
 
 
+def add_imagenet_arguments(parser, init_channels, layers, epochs):
+    """The flags that search and training on ImageNet share."""
+    add = parser.add_argument
+    add("--tmp_data_dir", default="/tmp/cache/", help="folder that holds imagenet/{train,val}")
+    add("--input_size", type=count, default=224, help="side of the images in pixels")
+    add("--batch_size", type=count, default=1024, help="images in a step, of all GPUs together")
+    add("--epochs", type=count, default=epochs, help="epochs of the training images")
+    add("--init_channels", type=count, default=init_channels, help="channels C of the first cell")
+    add("--layers", type=depth, default=layers, help="cells")
+    add("--learning_rate", type=positive, default=0.5, help="of the weights, at first")
+    add("--momentum", type=fraction, default=0.9, help="of the weights' SGD")
+    add("--grad_clip", type=positive, default=5.0, help="norm of the gradient")
+    add("--sync_bn", action="store_true", help="batch statistics over all processes of torchrun")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--gpu", type=natural, help="one GPU; None: all of them, with torchrun one per process")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    add("--report_freq", type=count, default=100, help="steps between two lines of progress")
+    add("--save", default="EXP", help="name of the run, in the name of its folder")
+    add("--note", default="try", help="a word for the log")
+    add("--resume", metavar="FOLDER", help="go on with the run in this folder")
+
+
+# What a resumed run may be given anew: where and how it runs, not what it computes.
+FREE = ("device", "gpu", "workers", "report_freq", "resume")
+
+
+def parse_args(parser):
+    """The flags; with --resume FOLDER those of the run in it, as they stand in its args.json.
+
+    Raises UserError where the folder holds no run of this script, and where a flag differs that
+    is not one of FREE.
+    """
+    args = parser.parse_args()
+    if args.resume is None:
+        return args
+    unset = object()
+    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    about, script = read_args(args.resume), Path(sys.argv[0]).stem
+    if not about:
+        raise UserError(f"--resume {args.resume}: no args.json there; give the folder of a run")
+    if about.get("script") != script:
+        raise UserError(f"{args.resume} is a run of {about.get('script')}.py: resume it with that")
+    stored = about["args"]
+    if set(stored) != set(vars(args)):
+        name = min(set(stored) ^ set(vars(args)))
+        raise UserError(f"{args.resume} is of another version of this code, by its flag --{name}")
+    for name, value in vars(given).items():
+        if value is not unset and name not in FREE and value != stored[name]:
+            raise UserError(
+                f"--{name} {value} is not the run's, which is {stored[name]}: "
+                "leave it out to resume, or begin a new run"
+            )
+    for name, value in stored.items():  # as text, so that argparse checks them as a user's
+        flag = isinstance(getattr(args, name), bool)
+        if flag != isinstance(value, bool):
+            raise UserError(f"{args.resume}/args.json is damaged: {name} is {str(value)[:50]!r}")
+        parser.set_defaults(**{name: value if flag or value is None else str(value)})
+    free = {name: vars(given)[name] for name in FREE if name in stored}
+    free = {name: value for name, value in free.items() if value is not unset}
+    return argparse.Namespace(**vars(parser.parse_args([])) | free)
+
+
 def choose_device(args):
     """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there."""
-    if args.device is None and args.gpu == 0 and not torch.cuda.is_available():
+    if args.device is None and not args.gpu and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    name = f"cuda:{args.gpu}" if args.device is None else args.device
+    name = f"cuda:{args.gpu or 0}" if args.device is None else args.device
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -141,6 +212,27 @@ def set_seed(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def generators(device):
+    """The state of every random number generator, for a checkpoint."""
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_generators(state, device):
+    """Goes on from what `generators` returned."""
+    random.setstate(state["python"])
+    numpy = dict(state["numpy"])
+    numpy["state"] = dict(numpy["state"], key=numpy["state"]["key"].numpy().astype(np.uint32))
+    np.random.set_state(numpy)
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def peak_memory(device):
@@ -214,14 +306,17 @@ def create_exp_dir(kind, save):
     raise UserError(f"{folder} exists already: give another --save")
 
 
-def start_log(folder=None):
-    """A logger that writes to the terminal and, where there is a run folder, to its log.txt."""
+def start_log(folder=None, quiet=False):
+    """A logger that writes to the terminal and, where there is a run folder, to its log.txt.
+
+    quiet: it writes nothing.
+    """
     logging.raiseExceptions = False  # a closed terminal does not end a run
     log = logging.getLogger("pc-darts")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [logging.StreamHandler(sys.stdout)]
-    if folder is not None:
+    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout)]
+    if folder is not None and not quiet:
         log.handlers.append(logging.FileHandler(folder / "log.txt"))
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%m/%d %I:%M:%S %p"))
@@ -266,6 +361,45 @@ def append_jsonl(path, row):
     """Appends a dict as a line of JSON."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def keep_epochs(folder, epochs):
+    """Takes the rows of later epochs out of metrics.csv and genotypes.jsonl, before a resume."""
+    for name, number in (
+        ("metrics.csv", lambda line: line.split(",")[0]),
+        ("genotypes.jsonl", lambda line: json.loads(line)["epoch"]),
+    ):
+        path = folder / name
+        if not path.exists():
+            continue
+        lines = path.read_text().splitlines(keepends=True)
+        header = lines[: name == "metrics.csv"]
+        kept = []
+        for line in lines[len(header) :]:
+            try:
+                if line.endswith("\n") and int(number(line)) <= epochs:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                pass  # a line cut by a kill
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text("".join(header + kept))
+        beside.replace(path)
+
+
+def load_checkpoint(folder, script):
+    """The checkpoint in a run's folder, None where there is none yet.
+
+    Raises UserError where it cannot be read, or is none of `script` and of this version.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    state = load(path)
+    if not isinstance(state, dict) or state.get("script") != script:
+        raise UserError(f"{path} is no checkpoint of {script}.py: give the folder of one")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path} is of another version of this code: use that one")
+    return state
 
 
 def save(state, path):

@@ -1,0 +1,171 @@
+"""Many processes: what `torchrun` starts, one per GPU. All of it works in a single process too."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import utils
+
+
+def start(args):
+    """Joins the processes that torchrun started, if it did; returns the device of this one.
+
+    args: device and gpu. Raises UserError where the device is not there.
+    """
+    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")):
+        return utils.choose_device(args)
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda") or args.gpu:
+        raise utils.UserError(
+            "torchrun gives each process its own GPU: leave --gpu and --device out, "
+            "or use --device cpu"
+        )
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
+    device = utils.choose_device(SimpleNamespace(device=name, gpu=0))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main():
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def on_main(function):
+    """What `function()` returns in the main process, for all of them; called there alone."""
+    result = [function() if is_main() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, 0)
+    return result[0]
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...]."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def broadcast(tensors):
+    """Makes the tensors equal to those of the main process: running statistics, say."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def total(values, device):
+    """The sums over all processes of some numbers or 0-d tensors, as floats."""
+    values = torch.stack([torch.as_tensor(value, device=device) for value in values])
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+@torch.no_grad()
+def average(tensors, images):
+    """The mean of each tensor over all processes, weighted by their numbers of images."""
+    if world_size() == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).mul_(images)
+    flat = torch.cat([flat, flat.new_full((1,), images)])  # one message for all
+    dist.all_reduce(flat)
+    parts = flat[:-1].div_(flat[-1]).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def share(images, device):
+    """images over the mean of all processes: the weight of a loss whose gradients are averaged."""
+    if world_size() == 1:
+        return 1.0
+    everywhere = torch.full((), float(images), device=device)
+    dist.all_reduce(everywhere)
+    return images * world_size() / everywhere
+
+
+def check_equal(tensors, what):
+    """Raises UserError, in every process, where the tensors differ by a bit between two."""
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).double().cpu()
+    for other, theirs in enumerate(gather(flat.view(torch.int64).tolist())):
+        if theirs != flat.view(torch.int64).tolist():
+            pair = sorted((rank(), other))
+            raise utils.UserError(
+                f"{what} are not the same in processes {pair[0]} and {pair[1]}: the machines "
+                "differ or one has failed; go on from the last checkpoint with --resume"
+            )
+
+
+def open_run(kind, args, device, **about):
+    """(folder, log, checkpoint) of a new run, without a checkpoint, or of the one to --resume.
+
+    about: what args.json tells besides. Random numbers go on where the checkpoint was made; of
+    another number of processes they begin anew, from the seed and the epoch.
+    """
+    folder, state = Path(args.resume or ""), None
+    if args.resume is None:
+        folder = on_main(lambda: utils.create_exp_dir(kind, args.save))
+    else:
+        state = utils.load_checkpoint(folder, Path(sys.argv[0]).stem)
+    log = utils.start_log(folder, quiet=not is_main())
+    epoch = state["epoch"] if state else 0
+    if is_main() and args.resume is None:
+        utils.write_args(folder, args, **about)
+    elif is_main():
+        utils.keep_epochs(folder, epoch)
+    log.info("%s, process 1 of %d", utils.describe(device), world_size())
+    if state is None or len(state["generators"]) != world_size():
+        torch.manual_seed(args.seed + 1000 * epoch + rank())  # drop path: each process its own
+    else:
+        utils.set_generators(state["generators"][rank()], device)
+    if args.resume is not None:
+        done = f"epoch {epoch} of {args.epochs}" if epoch else "the beginning: no checkpoint yet"
+        done = "the end: nothing is left to do" if epoch == args.epochs else done
+        log.info("resumed %s after %s", folder, done)
+    return folder, log, state
+
+
+def save_run(state, folder, device):
+    """Writes checkpoint.pt, with the random number generators of all processes."""
+    state |= {"format": utils.FORMAT, "script": Path(sys.argv[0]).stem}
+    state |= {"generators": gather(utils.generators(device))}
+    if is_main():
+        utils.save(state, folder / "checkpoint.pt")
+
+
+def for_evaluation(model):
+    """The model without DistributedDataParallel: a process may have one batch less than others."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def wrap(model, device, args, find_unused_parameters=False):
+    """The model in DistributedDataParallel, on several GPUs in DataParallel, or as it is.
+
+    On several GPUs: in one process, without --gpu and --device. find_unused_parameters: whether
+    there are some that no output depends on.
+    """
+    if world_size() > 1:
+        broadcast([*model.parameters(), *model.buffers()])
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=find_unused_parameters,
+        )
+    chosen = args.device is not None or args.gpu is not None
+    several = device.type == "cuda" and torch.cuda.device_count() > 1 and not chosen
+    return nn.DataParallel(model) if several else model

@@ -1,0 +1,148 @@
+"""Train a discrete network on ImageNet (PC-DARTS, section 4.3).
+
+    python train_imagenet.py --tmp_data_dir DIR --arch PC_DARTS_image --auxiliary
+    torchrun --nproc_per_node 8 train_imagenet.py ...  # one process per GPU, on any number of nodes
+
+DIR/imagenet/train and DIR/imagenet/val hold a folder for each class. Started plainly on several
+GPUs it uses DataParallel. Published for PC_DARTS_image: 24.2 % top-1 and 7.3 % top-5 error. What
+was measured with this code stands in the README.
+"""
+
+import torch
+from torch import nn
+
+import distributed
+import engine
+import genotypes
+import imagenet
+import utils
+from distributed import is_main
+from model import NetworkImageNet, multiply_adds
+from operations import OPS
+
+
+def get_args():
+    parser = utils.Parser(__doc__.split("\n")[0])
+    utils.add_imagenet_arguments(parser, init_channels=48, layers=14, epochs=250)
+    add = parser.add_argument
+    add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
+    add("--classes", type=utils.count, help="outputs; None: as many as there are class folders")
+    add("--lr_scheduler", default="linear", choices=["linear", "cosine"], help="of learning_rate")
+    add("--weight_decay", type=utils.non_negative, default=3e-5, help="of SGD")
+    add("--label_smooth", type=utils.fraction, default=0.1, help="share of the other classes")
+    add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
+    add("--auxiliary_weight", type=utils.non_negative, default=0.4, help="of its loss")
+    add("--drop_path_prob", type=utils.fraction, default=0.0, help="at the end; grows from 0")
+    add("--workers", type=utils.natural, default=32, help="processes that read images, of each GPU")
+    add("--seed", type=utils.natural, default=0, help="of every random number")
+    return utils.parse_args(parser)
+
+
+def main(args):
+    with utils.user_errors(genotypes.GenotypeError):
+        genotype = genotypes.load(args.arch, OPS)
+    device = distributed.start(args)
+    utils.set_seed(args.seed)
+    train_images, val_images = imagenet.load(args.tmp_data_dir)
+    classes = len(train_images.classes)
+    if (args.classes or classes) < classes:
+        raise utils.UserError(f"--classes {args.classes}: there are {classes} class folders")
+    loader = dict(batch_size=args.batch_size, device=device, workers=args.workers)
+    train = imagenet.Loader(
+        train_images.transformed(imagenet.train_transform(args.input_size, jitter=True)),
+        **loader, shuffle=True, seed=args.seed, what="training images",
+    )  # fmt: skip
+    loader["batch_size"] = max(distributed.world_size(), min(args.batch_size, len(val_images)))
+    val = imagenet.Loader(
+        val_images.transformed(imagenet.test_transform(args.input_size)), **loader
+    )
+
+    with utils.user_errors(ValueError):
+        network = NetworkImageNet(
+            args.init_channels, args.classes or classes, args.layers, args.auxiliary, genotype
+        )
+        engine.check_size(network, args.input_size)
+    network.to(device)
+    if args.sync_bn:
+        network = distributed.synchronized(network)
+    unused = any(len(cell._concat) < len(cell._ops) // 2 for cell in network.cells)
+    model = distributed.wrap(network, device, args, find_unused_parameters=unused)
+    criterion = nn.CrossEntropyLoss()
+    smooth = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+    )
+
+    about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
+    folder, log, state = distributed.open_run("eval", args, device, **about)
+    start, best = 0, {"top1": 0.0, "epoch": 0}
+    if state is not None:
+        start, best = state["epoch"], state["best"]
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        train.load_state_dict(state["loader"])
+    elif is_main():
+        genotypes.save(genotype, folder / "genotype.json")
+    log.info(
+        "%d classes, %d training and %d validation images; note: %s",
+        classes, len(train_images), len(val_images), args.note,
+    )  # fmt: skip
+    macs = [multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)]
+    log.info(
+        "network: %.6f M parameters, %.2f M multiply-adds of convolutions and linear layers, "
+        "%.2f M as the paper counts (with batch norms, ReLUs and pools)",
+        utils.count_parameters_in_MB(network), *macs,
+    )  # fmt: skip
+    log.info("genotype = %s", genotypes.text(genotype))
+
+    for epoch in range(start, args.epochs):
+        network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
+        lr = engine.learning_rate(
+            epoch, args.epochs, args.learning_rate, args.lr_scheduler, args.batch_size > 256
+        )
+        optimizer.param_groups[0]["lr"] = lr
+        figures = engine.train_epoch(train, model, smooth, optimizer, args, log)
+        distributed.broadcast(network.buffers())
+        tested = engine.evaluate(val, distributed.for_evaluation(model), criterion, args, log)
+        is_best = tested["top1"] > best["top1"]
+        best = {"top1": tested["top1"], "epoch": epoch + 1} if is_best else best
+        if is_main():
+            report(folder, log, epoch, args, lr, figures, tested)
+            if is_best:
+                utils.save(network.state_dict(), folder / "model_best.pt")
+        state = {"epoch": epoch + 1, "best": best, "last": tested, "loader": train.state_dict()}
+        state |= {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
+        distributed.save_run(state, folder, device)
+
+    if is_main():
+        utils.save(network.state_dict(), folder / "weights.pt")
+    last = state["last"]  # figures of the validation images
+    log.info(
+        "best epoch: %d with top-1 %.2f %%: model_best.pt (chosen on these images: not a result)",
+        best["epoch"], best["top1"],
+    )  # fmt: skip
+    log.info(
+        "after the last epoch: top-1 %.2f %%, top-5 %.2f %% (errors %.2f %%, %.2f %%)",
+        last["top1"], last["top5"], 100 - last["top1"], 100 - last["top5"],
+    )  # fmt: skip
+
+
+def report(folder, log, epoch, args, lr, figures, tested):
+    """A line of the log and of metrics.csv."""
+    log.info(
+        "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, validation loss %.4f, top-1 "
+        "%.2f %%, top-5 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
+        epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
+        tested["top1"], tested["top5"],
+        figures["images_per_second"], figures["seconds"], figures["memory_mib"],
+    )  # fmt: skip
+    tested = {f"val_{name}": tested[name] for name in ("loss", "top1", "top5")}
+    row = {"epoch": epoch + 1, "learning_rate": lr, **figures, **tested}
+    utils.append_csv(folder / "metrics.csv", row)
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)

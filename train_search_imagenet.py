@@ -1,0 +1,146 @@
+"""Search a cell on ImageNet with PC-DARTS (Xu et al., ICLR 2020, section 4.3).
+
+    python train_search_imagenet.py --tmp_data_dir DIR
+    torchrun --nproc_per_node 8 train_search_imagenet.py ...  # one process per GPU
+
+Searches on DIR/imagenet_search/{train,val}; where that is missing, on 10 % and 2.5 % of every
+class of DIR/imagenet/train, whose file names it leaves in the run folder for --split. Alphas and
+betas stay frozen for --begin epochs. Prints the genotype, which `train_imagenet.py --arch RUN`
+trains. What was measured with this code stands in the README.
+"""
+
+import shlex
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import distributed
+import engine
+import genotypes
+import imagenet
+import utils
+from architect import Architect, Gradients
+from distributed import is_main
+from model_search import Network
+from train_search import report
+
+
+def get_args():
+    parser = utils.Parser(__doc__.split("\n")[0])
+    utils.add_imagenet_arguments(parser, init_channels=16, layers=8, epochs=50)
+    add = parser.add_argument
+    add("--split", metavar="FILE", help="list of files of an earlier search, or its folder")
+    add("--begin", type=utils.natural, default=35, help="epochs before alphas and betas move")
+    add("--k", type=utils.count, default=2, help="1/k of the channels go through the operations")
+    add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
+    add("--learning_rate_min", type=utils.non_negative, default=0.0, help="and at last (cosine)")
+    add("--weight_decay", type=utils.non_negative, default=3e-4, help="of the weights' SGD")
+    add("--arch_learning_rate", type=utils.positive, default=6e-3, help="of alphas and betas")
+    add("--arch_weight_decay", type=utils.non_negative, default=1e-3, help="of alphas and betas")
+    add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
+    add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
+    add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
+    add("--workers", type=utils.natural, default=4, help="processes that read images, of each GPU")
+    add("--seed", type=utils.natural, default=2, help="of every random number")
+    return utils.parse_args(parser)
+
+
+def main(args):
+    device = distributed.start(args)
+    utils.set_seed(args.seed)
+    parts = imagenet.load_search(args.tmp_data_dir, args.split, args.seed)
+    crop = imagenet.train_transform(args.input_size, jitter=False)
+    common = dict(batch_size=args.batch_size, device=device, workers=args.workers)
+    augmented = dict(**common, shuffle=True)
+    train = imagenet.Loader(
+        parts[0].transformed(crop), **augmented, seed=args.seed, what="images for the weights"
+    )
+    valid = imagenet.Loader(
+        parts[1].transformed(crop), **augmented, seed=args.seed + 1,
+        what="images for alphas and betas",
+    )  # fmt: skip
+    held_out = imagenet.Loader(
+        parts[1].transformed(imagenet.test_transform(args.input_size)), **common
+    )
+
+    criterion = nn.CrossEntropyLoss()
+    with utils.user_errors(ValueError):
+        model = Network(
+            args.init_channels, len(parts[0].classes), args.layers, criterion, k=args.k,
+            edge_norm=not args.no_edge_norm, stem="imagenet", recompute=args.recompute,
+        )  # fmt: skip
+        engine.check_size(model, args.input_size)
+    model.to(device)
+    distributed.broadcast([*model.parameters(), *model.buffers()])
+    optimizer = torch.optim.SGD(
+        model.weights(),
+        args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+    )
+    architect = Architect(model, SimpleNamespace(**vars(args), arch_grad_clip=args.grad_clip))
+    gradients = Gradients(model, criterion, args.amp, not args.no_cuda_graph)
+
+    folder, log, state = distributed.open_run("search", args, device, classes=parts[0].classes)
+    start = 0
+    if state is not None:
+        start = state["epoch"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        architect.optimizer.load_state_dict(state["architect"])
+        train.load_state_dict(state["loader"])
+        valid.load_state_dict(state["valid_loader"])
+    elif is_main():
+        imagenet.write_split(parts, folder)
+    log.info(
+        "%d classes; %d images (%d to %d of a class) for the weights, %d (%d to %d) for alphas "
+        "and betas; note: %s",
+        len(parts[0].classes), len(parts[0]), *imagenet.counts(parts[0]),
+        len(parts[1]), *imagenet.counts(parts[1]), args.note,
+    )  # fmt: skip
+    log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
+
+    batches = valid.forever()
+    for epoch in range(start, args.epochs):
+        frozen = epoch < args.begin
+        warm_up = args.batch_size > 256
+        lr = engine.learning_rate(
+            epoch, args.epochs, args.learning_rate, "cosine", warm_up, args.learning_rate_min
+        )
+        optimizer.param_groups[0]["lr"] = lr
+        figures = engine.search_epoch(
+            train, batches, model, gradients, architect, optimizer, args, frozen, log
+        )
+        distributed.check_equal(model.arch_parameters(), "alphas and betas")
+        distributed.broadcast(model.buffers())
+        if is_main():
+            report(folder, log, epoch, args, lr, figures, model.genotype())
+        state = {"epoch": epoch + 1, "model": model.state_dict()}
+        state |= {
+            "optimizer": optimizer.state_dict(),
+            "architect": architect.optimizer.state_dict(),
+        }
+        state |= {"loader": train.state_dict(), "valid_loader": valid.state_dict()}
+        distributed.save_run(state, folder, device)
+
+    figures = engine.evaluate(held_out, model, criterion, args, log)
+    log.info(
+        "supernet on the images of alphas and betas: top-1 %.2f %%, loss %.4f "
+        "(this is not the final accuracy of the cell: train it for that)",
+        figures["top1"],
+        figures["loss"],
+    )
+    genotype = model.genotype()
+    if is_main():
+        genotypes.save(genotype, folder / "genotype.json")
+        utils.save(model.state_dict(), folder / "weights.pt")
+    log.info("genotype = %s", genotypes.text(genotype))
+    log.info(
+        "train it: python train_imagenet.py --arch %s --auxiliary --tmp_data_dir %s",
+        shlex.quote(str(folder)), shlex.quote(args.tmp_data_dir),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)
