@@ -29,34 +29,37 @@ class Gradients:
 
         With many processes the gradients are those of the mean over the images of all of them.
         """
-        loss, logits, gradients = self._local(wanted, input, target)
-        return loss, logits, distributed.average(gradients, len(target))
+        share = distributed.share(len(target), input.device)
+        loss, logits, gradients = self._local(wanted, input, target, share)
+        return loss, logits, distributed.average(gradients)
 
-    def _local(self, wanted, input, target):
+    def _local(self, wanted, input, target, share):
+        """Of this process; the gradients are those of share * loss."""
         if not self.graphed(input):
-            return self._compute(wanted, input, target)
+            return self._compute(wanted, input, target, share)
         key = (tuple(map(id, wanted)), input.shape, self.model.training)
         calls = self.calls[key] = self.calls.get(key, 0) + 1
         if calls <= self.WARM_UP:
-            return self._aside(wanted, input, target)
+            return self._aside(wanted, input, target, share)
         if key not in self.captured:
             try:
                 self.captured[key] = self._capture(wanted, input, target)
             except RuntimeError as error:
                 self.graphs = False
                 warnings.warn(f"no CUDA graph ({error}): going on without", stacklevel=2)
-                return self._compute(wanted, input, target)
+                return self._compute(wanted, input, target, share)
         graph, own_input, own_target, results = self.captured[key]
         own_input.copy_(input)
         own_target.copy_(target)
         graph.replay()
         loss, logits, gradients = results  # which the next replay overwrites
-        return loss.clone(), logits.clone(), [gradient.clone() for gradient in gradients]
+        return loss.clone(), logits.clone(), [gradient * share for gradient in gradients]
 
     def graphed(self, input):
-        return self.graphs and input.device.type == "cuda"
+        synchronized = getattr(self.model, "sync_bn", False)  # messages within the pass
+        return self.graphs and input.device.type == "cuda" and not synchronized
 
-    def _compute(self, wanted, input, target):
+    def _compute(self, wanted, input, target, share=1.0):
         kept = {id(tensor) for tensor in wanted}
         everything = [*self.model.parameters(), *self.model.arch_parameters()]
         with frozen([tensor for tensor in everything if id(tensor) not in kept]):
@@ -66,7 +69,7 @@ class Gradients:
                 else:
                     logits = self.model(input)
                     loss = self.criterion(logits, target)
-            gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
+            gradients = torch.autograd.grad(loss * share, wanted, materialize_grads=True)
         return loss.detach(), logits.detach(), list(gradients)
 
     def _aside(self, *batch):

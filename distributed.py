@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,22 +80,24 @@ def total(values, device):
 
 
 @torch.no_grad()
-def average(tensors, images):
-    """The mean of each tensor over all processes, weighted by their numbers of images."""
+def average(tensors):
+    """The mean of each tensor over all processes, by one message for all."""
     if world_size() == 1:
         return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).mul_(images)
-    flat = torch.cat([flat, flat.new_full((1,), images)])  # one message for all
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(world_size())
     dist.all_reduce(flat)
-    parts = flat[:-1].div_(flat[-1]).split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def share(images, device):
-    """images over the mean of all processes: the weight of a loss whose gradients are averaged."""
+    """images over the mean of all processes: the weight of a loss whose gradients are averaged.
+
+    (They may differ: 10 images in 3 processes are 4, 3 and 3.)
+    """
     if world_size() == 1:
         return 1.0
-    everywhere = torch.full((), float(images), device=device)
+    everywhere = torch.full((), images, dtype=torch.float64, device=device)
     dist.all_reduce(everywhere)
     return images * world_size() / everywhere
 
@@ -153,6 +156,56 @@ def for_evaluation(model):
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        dist.all_reduce(g := g.clone())
+        return g
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, on any device; nn.SyncBatchNorm needs a GPU."""
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        weight = share(len(x), x.device)  # of this process
+
+        def mean(x):
+            return _Sum.apply(x.mean((0, 2, 3)) * (weight / world_size()))
+
+        centre = mean(x)
+        x = x - centre[:, None, None]
+        var = mean(x.square())
+        pixels = x.numel() / x.shape[1] * world_size() / weight
+        self.num_batches_tracked += 1
+        with torch.no_grad():
+            self.running_mean.lerp_(centre, self.momentum)
+            self.running_var.lerp_(var * (pixels / (pixels - 1)), self.momentum)
+        x = x * (var + self.eps).rsqrt()[:, None, None]
+        if self.affine:
+            x = x * self.weight[:, None, None] + self.bias[:, None, None]
+        return x
+
+
+def synchronized(network, device):
+    """The network with the statistics of its batch norms taken over all processes."""
+    network.sync_bn = True  # the supernet's own norms
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm  # the same tensors under the same names
+    return network
+
+
 def wrap(model, device, args, find_unused_parameters=False):
     """The model in DistributedDataParallel, on several GPUs in DataParallel, or as it is.
 
@@ -161,6 +214,8 @@ def wrap(model, device, args, find_unused_parameters=False):
     """
     if world_size() > 1:
         broadcast([*model.parameters(), *model.buffers()])
+        # Of depthwise kernels, whose one input channel has no stride that counts.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,

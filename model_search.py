@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 from genotypes import PRIMITIVES, Genotype
 from operations import (
     MOMENTUM,
@@ -33,6 +34,7 @@ from operations import (
     FactorizedReduce,
     HalvedMax,
     Identity,
+    Moments,
     NormReLUDepthwise,
     NormSum,
     ReLUConvBN,
@@ -258,17 +260,17 @@ class Cell(nn.Module):
         normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
         return list(zip(Ws, normed, strict=True))
 
-    def forward(self, s0, s1, coefficients, betas, mixtures):
+    def forward(self, s0, s1, coefficients, betas, mixtures, share=None):
         """The output (N, multiplier * C, H, W), from those of the two cells before, ReLU'd.
 
         coefficients: softmax(alpha) * softmax(beta), (E, ops), by source. betas: softmax(beta),
-        (S, T) of each wave. mixtures: as `mixtures` gives them.
+        (S, T) of each wave. mixtures: as `mixtures` gives them. share: as for Moments.
         """
         if self.training:
             self.num_batches_tracked += 1
         states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
         weights = self._weights()
-        moments = [] if self.training else None
+        moments = Moments(share) if self.training else None
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
         start, sources = 0, states
         for w, (S, T) in enumerate(self.waves):
@@ -295,7 +297,9 @@ class Cell(nn.Module):
             states.append(self._node(node, passed))
             sources = states[-1:]
         if moments:
-            self._follow(moments, node.numel() // self.c)
+            pixels = node.numel() // self.c
+            everywhere = 1 if share is None else distributed.world_size() / share
+            self._follow(moments, pixels * everywhere)
         return torch.cat(states[-self.multiplier :], dim=1)
 
     def _weights(self):
@@ -324,7 +328,7 @@ class Cell(nn.Module):
         """The running figures follow the (-mean, variance) of all norms over this many pixels."""
         minus_means, variances = zip(*moments, strict=True)
         figures = torch.cat(minus_means + variances).view(self.running.shape)
-        unbiased = pixels / max(pixels - 1, 1)
+        unbiased = pixels / (pixels - 1 if pixels > 1 else 1)
         self.running[1].lerp_(figures[1].mul_(unbiased), MOMENTUM)
         self.running[0].mul_(1 - MOMENTUM).sub_(figures[0], alpha=MOMENTUM)
 
@@ -510,6 +514,7 @@ class Network(nn.Module):
         )  # fmt: skip
         self._criterion, self._steps, self._multiplier = criterion, steps, multiplier
         self.edge_norm = edge_norm
+        self.sync_bn = False  # distributed.synchronized sets it
 
         C_stem = stem_multiplier * C
         if stem == "cifar":
@@ -569,8 +574,9 @@ class Network(nn.Module):
             s0 = self.stem0(x).relu()
             s1 = self.stem1(s0).relu()
         normal, reduce = self._coefficients("normal"), self._coefficients("reduce")
+        share = distributed.share(len(x), x.device) if self.sync_bn and self.training else None
         for cell in self.cells:
-            out = cell(s0, s1, *(reduce if cell.reduction else normal))
+            out = cell(s0, s1, *(reduce if cell.reduction else normal), share)
             s0, s1 = s1, out.relu()  # once for both cells that read it
         return self.classifier(self.global_pooling(out).flatten(1))
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
+
 # Each makes a module from (N, C, H, W) to (N, C, H / stride, W / stride). An op added here is at
 # once a name for genotypes; added to genotypes.PRIMITIVES too, it is searched.
 OPS = {
@@ -217,11 +219,23 @@ def _sums(g, h, c):
     return outer.reshape(G, c, c), total.view(G, c, 1)
 
 
+class Moments(list):
+    """(-mean, variance) of the norms of a cell, in their order.
+
+    share: None, or where the statistics are to be those of all processes, what distributed.share
+    says of the images of this one.
+    """
+
+    def __init__(self, share=None):
+        super().__init__()
+        self.share = share
+
+
 class _Norm:
     """norm(P h) = A h + b, of blocks that lie in the tensors hs in this order, and its backward.
 
-    In training `moments` is a list, to which -mean and variance of P h, (G, c, 1), are added; else
-    it is None, and the running figures (G, c) count. The last `plain` blocks, with identical
+    In training `moments` is a Moments, to which -mean and variance of P h, (G, c, 1), are added;
+    else it is None, and the running figures (G, c) count. The last `plain` blocks, with identical
     matrices in P, are not normalized.
     """
 
@@ -232,7 +246,8 @@ class _Norm:
         self.trained = moments is not None
         if self.trained:
             sums = zip(*(_sums(h, h, c) for h in hs), strict=True)
-            outer, self.sum = (_joined(parts, P) for parts in sums)
+            self.share = moments.share
+            outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
             self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
             minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
             var = (self.P_outer * P).sum(2, keepdim=True).addcmul_(minus_mean, minus_mean, value=-1)
@@ -250,12 +265,24 @@ class _Norm:
         """dL/dP, and D and e for dL/dh = A^T g - (D h + e) / m; dA and db are 0 in plain blocks."""
         if not self.trained:
             return self.inv_std * dA, None, None
-        r = (dA * self.A).sum(2, keepdim=True).addcmul_(db, self.b)
-        shift, dP = torch.addcmul(db, r, self.b), None
+        r, shift = self._terms(dA, db)
+        dP = None
         if dP_too:
             dP = torch.baddbmm(dA, shift, self.sum.mT, alpha=-1 / self.pixels)
             dP = dP.addcmul_(self.P_outer, r * self.inv_std, value=-1).mul_(self.inv_std)
+        if self.share is not None:  # h is in the statistics of all; dP is summed over them later
+            r, shift = self._terms(*self._everywhere([dA, db]))
         return dP, torch.bmm(self.A.mT, self.A * r), torch.bmm(self.A.mT, shift)
+
+    def _terms(self, dA, db):
+        r = (dA * self.A).sum(2, keepdim=True).addcmul_(db, self.b)
+        return r, torch.addcmul(db, r, self.b)
+
+    def _everywhere(self, sums):
+        """The sums over all processes, times the share of the pixels that this one has."""
+        if self.share is None:
+            return sums
+        return [mean * self.share for mean in distributed.average(sums)]
 
     def add_input_gradient(self, dh, h, D, e):
         """dh - (D h + e) / m, in dh."""

@@ -64,7 +64,7 @@ def main(args):
         engine.check_size(network, args.input_size)
     network.to(device)
     if args.sync_bn:
-        network = distributed.synchronized(network)
+        network = distributed.synchronized(network, device)
     unused = any(len(cell._concat) < len(cell._ops) // 2 for cell in network.cells)
     model = distributed.wrap(network, device, args, find_unused_parameters=unused)
     criterion = nn.CrossEntropyLoss()

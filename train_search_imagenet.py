@@ -72,6 +72,8 @@ def main(args):
         )  # fmt: skip
         engine.check_size(model, args.input_size)
     model.to(device)
+    if args.sync_bn:
+        model = distributed.synchronized(model, device)
     distributed.broadcast([*model.parameters(), *model.buffers()])
     optimizer = torch.optim.SGD(
         model.weights(),

@@ -64,6 +64,9 @@ def _fail(message, code):
     message = " ".join(str(message).split())
     who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
     print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # at once: the other processes may never answer again
     return code
 
 

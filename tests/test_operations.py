@@ -12,6 +12,7 @@ from operations import (
     FactorizedReduce,
     HalvedMax,
     Identity,
+    Moments,
     NormReLUDepthwise,
     NormSum,
     ReLUConvBN,
@@ -222,7 +223,7 @@ def test_depthwise_of_each_channel_several_times(k, c, size):
 def test_norm_relu_depthwise(c, again):
     G = 6
     h, P, weight = random(3, G * c, 6, 8), random(G, c, c), random(G, c, 5, 5)
-    moments = []
+    moments = Moments()
     out = NormReLUDepthwise.apply(None, None, moments, again, turned(weight), h, P, weight)
     kernel = weight.reshape(-1, 1, 5, 5)
     formula = F.conv2d(norm(blocks(h, P)).relu(), kernel, None, 1, 2, 1, G * c)
@@ -243,7 +244,7 @@ def test_norm_sum(plain, started):
     W_normed = W.detach().clone()
     W_normed[:, G:] = 0
     matrices = torch.cat([P, eye])
-    out = NormSum.apply(None, None, [], plain, start, W_normed, None, None, W, matrices, *hs)
+    out = NormSum.apply(None, None, Moments(), plain, start, W_normed, None, None, W, matrices, *hs)
     h = torch.cat(hs, 1)
     y = torch.cat([norm(blocks(h[:, : G * c], P)), h[:, G * c :]], 1).unflatten(1, (-1, c))
     formula = torch.einsum("tg,ngchw->ntchw", W, y).flatten(1, 2)
