@@ -206,11 +206,10 @@ def synchronized(network, device):
     return network
 
 
-def wrap(model, device, args, find_unused_parameters=False):
-    """The model in DistributedDataParallel, on several GPUs in DataParallel, or as it is.
+def wrap(model, device, args):
+    """A discrete network in DistributedDataParallel, in DataParallel, or as it is.
 
-    On several GPUs: in one process, without --gpu and --device. find_unused_parameters: whether
-    there are some that no output depends on.
+    DataParallel: one process on several GPUs, without --gpu and --device.
     """
     if world_size() > 1:
         broadcast([*model.parameters(), *model.buffers()])
@@ -219,7 +218,7 @@ def wrap(model, device, args, find_unused_parameters=False):
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            find_unused_parameters=find_unused_parameters,
+            find_unused_parameters=model.leaves_out_nodes(),
         )
     chosen = args.device is not None or args.gpu is not None
     several = device.type == "cuda" and torch.cuda.device_count() > 1 and not chosen

@@ -207,11 +207,11 @@ class Loader:
     taken. `what` names the images in messages. Raises UserError where batch_size does not fit.
     """
 
-    def __init__(self, files, batch_size, device, workers, shuffle=False, seed=0, what="data set"):
+    def __init__(self, files, batch_size, device, workers, shuffle=False, seed=0, what="images"):
         total, processes = len(files), distributed.world_size()
         if batch_size > total:
             raise UserError(
-                f"batch_size {batch_size} is larger than the {total} images of the {what}; "
+                f"batch_size {batch_size} is larger than the number of {what}, {total}: "
                 f"use --batch_size {total} or less"
             )
         if batch_size < processes:

@@ -148,6 +148,10 @@ class DiscreteNetwork(nn.Module):
                 logits_aux = self.auxiliary_head(out)
         return self.classifier(self.global_pooling(out).flatten(1)), logits_aux
 
+    def leaves_out_nodes(self):
+        """Whether a cell's output lacks some of its nodes, which may then learn nothing."""
+        return any(len(cell._concat) < len(cell._ops) // 2 for cell in self.cells)
+
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's; accepts a `module.` prefix."""
         return super().load_state_dict(without_module_prefix(state_dict), strict, assign)

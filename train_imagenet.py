@@ -65,8 +65,7 @@ def main(args):
     network.to(device)
     if args.sync_bn:
         network = distributed.synchronized(network, device)
-    unused = any(len(cell._concat) < len(cell._ops) // 2 for cell in network.cells)
-    model = distributed.wrap(network, device, args, find_unused_parameters=unused)
+    model = distributed.wrap(network, device, args)
     criterion = nn.CrossEntropyLoss()
     smooth = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
     optimizer = torch.optim.SGD(

@@ -17,6 +17,7 @@ from PIL import Image
 import genotypes
 import model_search
 import utils
+from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
 TINY_SEARCH = "--set digits --epochs 2 --begin 1 --batch_size 128 --init_channels 8 --layers 3"
@@ -256,6 +257,50 @@ def test_wrong_architectures(fail, arch, words):
 def test_wrong_flags_of_a_training(fail, flags, words, tmp_path):
     (tmp_path / "empty").mkdir()
     line = fail(f"train.py {flags}")
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("script", ["train_imagenet.py", "train_search_imagenet.py"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--tmp_data_dir nowhere", ["nowhere", "--tmp_data_dir"]),
+        ("--tmp_data_dir empty", ["empty", "imagenet/train"]),
+        ("--tmp_data_dir photos --batch_size 100", ["100", "use --batch_size"]),
+        ("--tmp_data_dir photos --batch_size 1 --input_size 65", ["even"]),
+        ("--tmp_data_dir photos --batch_size 1 --layers 2", ["layers=2"]),
+        ("--tmp_data_dir photos --batch_size 1 --save ''", ["--save"]),
+        ("--tmp_data_dir photos --batch_size 1 --device cuda:99", ["cuda:99"]),
+        ("--workers -1", ["--workers"]),
+        ("--batch_size 0", ["--batch_size"]),
+        ("--resume nowhere", ["nowhere", "folder of a run"]),
+        ("--resume search", ["train_search.py"]),
+        ("--set cifar10", ["--set"]),
+    ],
+)
+def test_wrong_flags_on_imagenet(fail, runs, tmp_path, script, flags, words):
+    (tmp_path / "empty").mkdir()
+    for part, n in (("train", 4), ("val", 2)):
+        fill(tmp_path / "photos" / "imagenet" / part, {"cat": n, "dog": n})
+    shutil.copytree(runs[0], tmp_path / "search")
+    line = fail(f"{script} --workers 0 {flags}".replace("''", ""), *[""] * ("''" in flags))
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--classes 1", ["--classes 1", "2 class folders"]),
+        ("--auxiliary --input_size 64", ["auxiliary", "224"]),
+        ("--arch nothing", ["nothing"]),
+        ("--lr_scheduler step", ["step", "linear"]),
+        ("--label_smooth 2", ["--label_smooth"]),
+    ],
+)
+def test_wrong_flags_of_a_training_on_imagenet(fail, tmp_path, flags, words):
+    for part, n in (("train", 4), ("val", 2)):
+        fill(tmp_path / "photos" / "imagenet" / part, {"cat": n, "dog": n})
+    line = fail(f"train_imagenet.py --tmp_data_dir photos --batch_size 2 --workers 0 {flags}")
     assert all(word in line for word in words), line
 
 

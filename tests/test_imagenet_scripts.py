@@ -1,0 +1,172 @@
+"""The ImageNet scripts as processes, alone and under torchrun, killed and resumed."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import genotypes
+from test_imagenet import fill
+from test_scripts import run
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--init_channels 8 --layers 3 --input_size 64 --workers 1 --tmp_data_dir data"
+SEARCH = f"{SMALL} --batch_size 6 --epochs 2 --begin 1"
+TRAIN = f"{SMALL} --batch_size 16 --epochs 3 --drop_path_prob 0.2"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # the processes share the cores
+
+
+def start(command, cwd, processes=None):
+    """The process of a command, under torchrun if there are several processes."""
+    script, *flags = command.split()
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    launcher = launcher if processes else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def together(command, cwd, processes):
+    """The output of a command that must succeed under torchrun."""
+    process = start(command, cwd, processes)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_after(process, words, pid=None):
+    """Kills the process (or the one `pid` of it names) when it has printed a line with `words`."""
+    for line in process.stdout:
+        if words in line:
+            os.kill(process.pid if pid is None else pid(), signal.SIGKILL)
+            return process.communicate()[0]
+    raise AssertionError(f"{words} never came")
+
+
+def weights(folder, name="weights.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    """A folder with photos in data/imagenet, and a search of them: search-one-*."""
+    cwd = tmp_path_factory.mktemp("imagenet")
+    fill(cwd / "data" / "imagenet" / "train", {"cat": 90, "dog": 80, "owl": 80})
+    fill(cwd / "data" / "imagenet" / "val", {"cat": 3, "dog": 5, "owl": 3})
+    output = run(f"train_search_imagenet.py {SEARCH} --save one", cwd).stdout
+    (cwd / "search.txt").write_text(output)
+    return cwd
+
+
+def only(cwd, pattern):
+    [folder] = cwd.glob(pattern)
+    return folder
+
+
+def test_a_search(cwd):
+    folder, output = only(cwd, "search-one-*"), (cwd / "search.txt").read_text()
+    assert {path.name for path in folder.iterdir()} == {
+        "args.json", "log.txt", "metrics.csv", "genotypes.jsonl", "checkpoint.pt",
+        "weights.pt", "genotype.json", "split_train.txt", "split_val.txt",
+    }  # fmt: skip
+    assert "25 images (8 to 9 of a class) for the weights, 6 (2 to 2) for alphas" in output
+    assert [float(row["learning_rate"]) for row in rows(folder)] == pytest.approx([0.5, 0.25])
+    assert [row["frozen"] for row in rows(folder)] == ["1", "0"]
+    printed = [line for line in output.splitlines() if "genotype = " in line][-1]
+    assert genotypes.parse(printed) == genotypes.load(str(folder))
+    assert "python train_imagenet.py --arch search-one-" in output
+    arch = [tensor for name, tensor in weights(folder).items() if name.startswith(("alph", "beta"))]
+    assert len(arch) == 4 and all(tensor.abs().max() > 5e-3 for tensor in arch)  # one step of 6e-3
+
+
+def test_a_search_on_a_given_split_is_the_same(cwd):
+    one = only(cwd, "search-one-*")
+    run(f"train_search_imagenet.py {SEARCH} --save split --split {one}/split_val.txt", cwd)
+    again = only(cwd, "search-split-*")
+    for name in ("split_train.txt", "split_val.txt"):
+        assert (one / name).read_text() == (again / name).read_text()
+    first, second = weights(one), weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_in_one_process_and_its_resume(cwd):
+    """A training that is killed and resumed ends with the same bits as one that is not."""
+    arch = only(cwd, "search-one-*")
+    whole = run(f"train_imagenet.py {TRAIN} --arch {arch} --save whole", cwd).stdout
+    assert "250 training and 11 validation images" in whole and "as the paper counts" in whole
+    process = start(f"train_imagenet.py {TRAIN} --arch {arch} --save killed", cwd)
+    kill_after(process, "train step 0 of 16: ")  # of the first epoch: no checkpoint yet
+    killed = only(cwd, "eval-killed-*")
+    kill_after(start(f"train_imagenet.py --resume {killed}", cwd), "epoch 2 of 3")
+    output = run(f"train_imagenet.py --resume {killed} --workers 0", cwd).stdout
+    assert f"resumed {killed} after epoch 2 of 3" in output or "after epoch 1 of 3" in output
+    whole_run = only(cwd, "eval-whole-*")
+    for name in ("weights.pt", "model_best.pt"):
+        first, second = weights(whole_run, name), weights(killed, name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [row["epoch"] for row in rows(killed)] == ["1", "2", "3"]
+    for one, other in zip(rows(whole_run), rows(killed), strict=True):
+        assert one["loss"] == other["loss"] and one["val_top1"] == other["val_top1"]
+    assert "nothing is left to do" in run(f"train_imagenet.py --resume {killed}", cwd).stdout
+    best = max(float(row["val_top1"]) for row in rows(whole_run))
+    assert f"top-1 {best:.2f} %: model_best.pt" in whole
+    last = rows(whole_run)[-1]
+    assert f"after the last epoch: top-1 {float(last['val_top1']):.2f} %" in whole.splitlines()[-1]
+
+
+def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
+    process = start(f"train_search_imagenet.py {SEARCH} --epochs 3 --sync_bn --save two", cwd, 2)
+
+    def a_rank():
+        command = ["pgrep", "-P", str(process.pid)]
+        return int(subprocess.run(command, capture_output=True, text=True).stdout.split()[-1])
+
+    output = kill_after(process, "epoch 2 of 3", a_rank)
+    assert process.returncode == 1
+    assert "another process of this job ended" in output or "Signal 9" in output
+    folder = only(cwd, "search-two-*")
+    output = together(f"train_search_imagenet.py --resume {folder}", cwd, 3)
+    assert len(re.findall("epoch 3 of 3", output)) == 1  # one process speaks
+    assert "process 1 of 3" in output and "resumed" in output
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
+    assert (folder / "genotype.json").exists()
+
+
+def test_training_under_torchrun_counts_every_image_once(cwd):
+    output = together(f"train_imagenet.py {TRAIN} --epochs 1 --save ranks", cwd, 2)
+    folder = only(cwd, "eval-ranks-*")
+    hits = float(rows(folder)[0]["val_top1"]) * 11 / 100
+    assert hits == pytest.approx(round(hits), abs=1e-4)  # of 11 images, not of 12
+    assert "250 training and 11 validation images" in output
+    assert len(list(cwd.glob("eval-ranks-*"))) == 1
+    state = weights(folder, "checkpoint.pt")
+    assert len(state["generators"]) == 2 and state["epoch"] == 1
+
+
+def test_the_auxiliary_head_needs_224_pixels(cwd):
+    flags = f"{TRAIN} --epochs 1 --auxiliary --input_size 224 --batch_size 64 --save auxiliary"
+    flags += " --lr_scheduler cosine --amp --classes 10"
+    output = run(f"train_imagenet.py {flags}", cwd).stdout
+    folder = only(cwd, "eval-auxiliary-*")
+    assert weights(folder)["auxiliary_head.classifier.weight"].shape == (10, 768)
+    assert "lr 0.50000" in output
+    assert json.loads((folder / "args.json").read_text())["classes"] == ["cat", "dog", "owl"]
+
+
+def test_what_torchrun_cannot_do_is_one_line(cwd):
+    process = start(f"train_imagenet.py {TRAIN} --gpu 1", cwd, 2)
+    output, _ = process.communicate()
+    lines = [line for line in output.splitlines() if line.startswith("train_imagenet.py: error")]
+    assert process.returncode != 0 and "leave --gpu and --device out" in lines[0]
