@@ -4,6 +4,7 @@
     python benchmark.py search     # whole search steps, first and second order, loaders included
     python benchmark.py train      # steps of the 20-cell network
     python benchmark.py data       # images per second of the loaders
+    python benchmark.py files      # JPEG files read and augmented per second and core
     python benchmark.py cost       # time and memory against K, channels and batch
     python benchmark.py all
 
@@ -14,8 +15,10 @@ tests/textbook.py. What was measured on which machine stands in BENCHMARKS.md.
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +26,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torchvision.transforms as T
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import data
 import engine
 import genotypes
+import imagenet
 import utils
 from architect import Architect, Gradients
 from model import NetworkCIFAR
@@ -49,12 +54,13 @@ SETTINGS = SimpleNamespace(  # of the published search
 def get_args():
     parser = utils.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    kinds = ["supernet", "search", "train", "data", "cost", "all"]
+    kinds = ["supernet", "search", "train", "data", "files", "cost", "all"]
     add("what", nargs="?", default="all", choices=kinds, help="which of the tables")
     add("--batch_size", type=utils.count, help="images in a step; None: 256 on a GPU, 64 on a CPU")
     add("--repeats", type=utils.count, default=5, help="runs of each side, after one to warm up")
     add("--init_channels", type=utils.count, default=16, help="channels C of the supernet")
     add("--layers", type=utils.depth, default=8, help="cells of the supernet")
+    add("--images", metavar="DIR", help="of files: folder of classes; None: made for it, 500 x 375")
     add("--json", default="benchmark.json", help="file for the figures")
     add("--gpu", type=utils.natural, default=0, help="which GPU, where there is one")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
@@ -64,7 +70,8 @@ def get_args():
 def main(args):
     args.device = utils.choose_device(args)
     args.batch_size = args.batch_size or (256 if args.device.type == "cuda" else 64)
-    tables = {"supernet": supernet, "search": search, "train": train, "data": loaders, "cost": cost}
+    tables = {"supernet": supernet, "search": search, "train": train}
+    tables |= {"data": loaders, "files": files, "cost": cost}
     machine = {
         "device": hardware(args.device), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "batch_size": args.batch_size,
@@ -187,6 +194,57 @@ def loaders(args):
         }
         for name, seconds in times.items()
     ]
+
+
+def files(args):
+    """Reading image files: what one core does, step by step, and imagenet.Loader with workers."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(args.images or _photos(made, 256))
+        if not folder.is_dir():
+            raise utils.UserError(f"--images {folder}: there is no such folder of classes")
+        images = imagenet.read_files(folder, data.class_names(folder))
+        n, workers = min(64, len(images)), len(os.sched_getaffinity(0))
+        transforms = {
+            "decode": lambda image: image,
+            "decode, crop, flip (search)": imagenet.train_transform(224, False),
+            "decode, crop, flip, colour jitter (training)": imagenet.train_transform(224, True),
+            "decode, resize, centre crop (validation)": imagenet.test_transform(224),
+        }  # fmt: skip
+        steps = {}
+        for name, transform in transforms.items():
+            part = images.transformed(transform)
+            steps[name] = lambda part=part: [part[i, i] for i in range(n)]
+        crop = images.transformed(transforms["decode, crop, flip, colour jitter (training)"])
+        loader = imagenet.Loader(crop, n // 2, args.device, workers, shuffle=True).forever()
+        steps["imagenet.Loader"] = lambda: [next(loader) for _ in range(16)]  # 8 n images
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        times = in_turns(steps, args)
+        torch.set_num_threads(threads)
+    rows = []
+    for name, seconds in times.items():
+        whole = "Loader" in name
+        median, cores = (
+            statistics.median(seconds) / n / (8 if whole else 1),
+            workers if whole else 1,
+        )
+        name += f", {workers} workers (training)" * whole
+        row = {"step": name, "ms per image": 1e3 * median, "images per second": 1 / median}
+        rows.append(row | {"per core": 1 / median / cores})
+    return rows
+
+
+def _photos(folder, n):
+    """n JPEG files of 500 x 375 in two classes, about 100 KB each, as ImageNet's are."""
+    draw = np.random.default_rng(0)
+    for i in range(n):
+        path = Path(folder, "ab"[i % 2])
+        path.mkdir(exist_ok=True)
+        coarse = Image.fromarray(draw.integers(0, 256, (75, 100, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+        pixels = (pixels + draw.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path / f"{i}.jpg", quality=85)
+    return folder
 
 
 def cost(args):

@@ -46,6 +46,7 @@ class Figures:
         loss, top1, top5 = (value / max(images, 1) for value in sums)
         seconds = time.perf_counter() - self.start
         return {
+            "images": int(images),
             "loss": loss,
             "top1": top1,
             "top5": top5,

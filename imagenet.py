@@ -81,7 +81,7 @@ def load(root):
     if not val.is_dir():
         raise UserError(f"{folder} has no val folder: put the validation images there, by class")
     classes = data.class_names(train, val)
-    return _files(train, classes), _files(val, classes)
+    return read_files(train, classes), read_files(val, classes)
 
 
 def load_search(root, split=None, seed=0):
@@ -97,10 +97,10 @@ def load_search(root, split=None, seed=0):
             if not part.is_dir():
                 raise UserError(f"{folder} has no {part.name} folder: put images there, by class")
         classes = data.class_names(train, val)
-        return _files(train, classes), _files(val, classes)
+        return read_files(train, classes), read_files(val, classes)
     folder = _full(root) / "train"
     classes = data.class_names(folder)
-    there = _files(folder, classes)
+    there = read_files(folder, classes)
     names = [os.fsdecode(path) for path in there.paths]
     if split is None:
         parts = draw_split(names, there.labels.tolist(), classes, seed)
@@ -192,7 +192,8 @@ def _full(root):
     raise UserError(f"{root} has no imagenet/train folder: give another --tmp_data_dir")
 
 
-def _files(folder, classes):
+def read_files(folder, classes):
+    """All images of these class folders as Files; UserError where a class has none."""
     samples = data.image_files(folder, classes)
     paths = [os.path.relpath(path, folder) for path, _ in samples]
     return Files(folder, paths, [label for _, label in samples], classes)

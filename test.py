@@ -3,6 +3,7 @@
     python test.py --model_path eval-EXP-20260101-120000          # a run, after its last epoch
     python test.py --model_path eval-EXP-20260101-120000/checkpoint.pt
     python test.py --model_path weights.pt --arch PC_DARTS_cifar  # weights from elsewhere
+    python test.py --model_path weights.pt --arch PC_DARTS_image --set imagenet --data DIR
 
 Beside a run's weights lie its genotype and its flags: those given here count instead.
 """
@@ -14,8 +15,9 @@ from torch import nn
 import data
 import engine
 import genotypes
+import imagenet
 import utils
-from model import NetworkCIFAR
+from model import NetworkCIFAR, NetworkImageNet
 from operations import OPS
 
 # Flags of the run that made the weights: the defaults of this one.
@@ -31,8 +33,14 @@ def get_args():
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
     add("--layers", type=utils.depth, default=20, help="cells")
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
+    add("--workers", type=utils.natural, default=4, help="processes that read ImageNet's images")
     given = parser.parse_args()
-    run = utils.read_args(run_folder(given)).get("args", {})
+    about = utils.read_args(run_folder(given))
+    run = about.get("args", {})
+    if about.get("script") == "train_imagenet":
+        run |= {"set": "imagenet", "data": run.get("tmp_data_dir")}
+    elif given.set == "imagenet":
+        parser.set_defaults(init_channels=48, layers=14)
     run = {name: run[name] for name in INHERITED if run.get(name) is not None}
     # As text, so that argparse checks them as it checks a user's.
     parser.set_defaults(**{name: str(value) for name, value in run.items()})
@@ -53,8 +61,9 @@ def is_colour(value):
 def main(args):
     folder, path = run_folder(args), Path(args.model_path)
     about = utils.read_args(folder)
-    if about.get("script") == "train_search":
-        hint = f"train its cell, python train.py --arch {folder}"
+    if about.get("script") in ("train_search", "train_search_imagenet"):
+        script = about["script"].replace("_search", "")
+        hint = f"train its cell, python {script}.py --arch {folder}"
         raise utils.UserError(f"{path} is of a search: {hint}")
     if path.is_dir():
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
@@ -64,28 +73,38 @@ def main(args):
     device = utils.choose_device(args)
     log = utils.start_log()
     log.info(utils.describe(device))
-    dataset = data.load(args.set, args.data, args.input_size)
-    if about.get("classes", dataset.classes) != dataset.classes:
+    test, classes, size = test_images(args, about, device)
+    if about.get("classes", classes) != classes:
         raise utils.UserError(f"{args.data} has other classes than {folder} learned: give its data")
-    if "mean" in about:  # the network learned on images normalized so
-        mean, std = about["mean"], about.get("std")
-        if not (is_colour(mean) and is_colour(std) and min(std) > 0):
-            raise utils.UserError(f"{folder}/args.json is damaged: mean or std is no three numbers")
-        dataset = dataset._replace(mean=mean, std=std)
-    test = data.Batches(
-        dataset.test, dataset, min(args.batch_size, len(dataset.test.labels)), device
-    )
+    kind = NetworkImageNet if args.set == "imagenet" else NetworkCIFAR
+    outputs = about.get("args", {}).get("classes") or len(classes)
     with utils.user_errors(ValueError):
-        model = NetworkCIFAR(
-            args.init_channels, len(dataset.classes), args.layers, args.auxiliary, genotype
-        )
-        engine.check_size(model.eval(), dataset.test.images.shape[1])
+        model = kind(args.init_channels, outputs, args.layers, args.auxiliary, genotype)
+        engine.check_size(model.eval(), size)
     utils.load_weights(model, state, path)
     figures = engine.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)
     print(
         f"{path}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, "
-        f"loss {figures['loss']:.4f} on {len(dataset.test.labels)} test images"
+        f"loss {figures['loss']:.4f} on {figures['images']} test images"
     )
+
+
+def test_images(args, about, device):
+    """(loader, classes, side in pixels) of the test images, ImageNet's validation images."""
+    if args.set == "imagenet":
+        size, (_, images) = args.input_size or 224, imagenet.load(args.data)
+        batch_size, transform = min(args.batch_size, len(images)), imagenet.test_transform(size)
+        loader = imagenet.Loader(images.transformed(transform), batch_size, device, args.workers)
+        return loader, images.classes, size
+    dataset = data.load(args.set, args.data, args.input_size)
+    if "mean" in about:  # the network learned on images normalized so
+        mean, std = about["mean"], about.get("std")
+        if not (is_colour(mean) and is_colour(std) and min(std) > 0):
+            raise utils.UserError("args.json is damaged: mean or std is no three numbers")
+        dataset = dataset._replace(mean=mean, std=std)
+    batch_size = min(args.batch_size, len(dataset.test.labels))
+    loader = data.Batches(dataset.test, dataset, batch_size, device)
+    return loader, dataset.classes, dataset.test.images.shape[1]
 
 
 if __name__ == "__main__":

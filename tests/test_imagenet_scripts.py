@@ -163,6 +163,11 @@ def test_the_auxiliary_head_needs_224_pixels(cwd):
     assert weights(folder)["auxiliary_head.classifier.weight"].shape == (10, 768)
     assert "lr 0.50000" in output
     assert json.loads((folder / "args.json").read_text())["classes"] == ["cat", "dog", "owl"]
+    score = run(f"test.py --model_path {folder} --workers 1", cwd).stdout
+    last = rows(folder)[-1]
+    assert f"top-1 {float(last['val_top1']):.2f} %" in score and "on 11 test images" in score
+    flags = f"--arch PCDARTS --set imagenet --data data --model_path {folder}/weights.pt"
+    assert score.splitlines()[-1].split(": ")[1] in run(f"test.py {flags}", cwd).stdout
 
 
 def test_what_torchrun_cannot_do_is_one_line(cwd):
