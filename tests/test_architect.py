@@ -160,6 +160,20 @@ def test_unrolled_passes_leave_running_statistics_as_the_released_ones_do():
     assert stem[0].num_batches_tracked == stem[1].num_batches_tracked
 
 
+def test_the_gradient_of_alphas_and_betas_is_clipped_on_request():
+    case = Case("cifar_k4")
+    batches = *case.batch("train0"), *case.batch("valid0")
+    case.architect.backward(*batches, 0.1, None, unrolled=False)
+    plain = torch.cat([tensor.grad.flatten() for tensor in case.arch.values()])
+    case.architect.step(*batches, 0.1, None, unrolled=False)
+    assert torch.equal(torch.cat([t.grad.flatten() for t in case.arch.values()]), plain)
+    clip = plain.norm().item() / 10
+    architect = Architect(case.model, SimpleNamespace(**vars(ARGS), arch_grad_clip=clip))
+    architect.step(*batches, 0.1, None, unrolled=False)
+    clipped = torch.cat([tensor.grad.flatten() for tensor in case.arch.values()])
+    assert clipped.norm().item() == pytest.approx(clip, rel=1e-4)
+
+
 def test_backward_computes_no_weight_gradients():
     case = Case("cifar_k4")
     batches = *case.batch("train0"), *case.batch("valid0")
