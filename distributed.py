@@ -117,14 +117,17 @@ def check_equal(tensors, what):
 def open_run(kind, args, device, **about):
     """(folder, log, checkpoint) of a new run, without a checkpoint, or of the one to --resume.
 
-    about: what args.json tells besides. Random numbers go on where the checkpoint was made; of
-    another number of processes they begin anew, from the seed and the epoch.
+    about: what args.json tells besides; classes, which must stay the same. Random numbers go on
+    where the checkpoint was made; of another number of processes they begin anew, from the seed
+    and the epoch. Raises UserError where the folder cannot be made, or does not fit.
     """
     folder, state = Path(args.resume or ""), None
     if args.resume is None:
         folder = on_main(lambda: utils.create_exp_dir(kind, args.save))
     else:
-        state = utils.load_checkpoint(folder, Path(sys.argv[0]).stem)
+        state = utils.load_checkpoint(folder, Path(sys.argv[0]).stem, args.epochs)
+        if utils.read_args(folder).get("classes") != about["classes"]:
+            raise utils.UserError(f"{folder} learned other classes: give the data of the run")
     log = utils.start_log(folder, quiet=not is_main())
     epoch = state["epoch"] if state else 0
     if is_main() and args.resume is None:
@@ -135,7 +138,8 @@ def open_run(kind, args, device, **about):
     if state is None or len(state["generators"]) != world_size():
         torch.manual_seed(args.seed + 1000 * epoch + rank())  # drop path: each process its own
     else:
-        utils.set_generators(state["generators"][rank()], device)
+        with utils.restoring(folder):
+            utils.set_generators(state["generators"][rank()], device)
     if args.resume is not None:
         done = f"epoch {epoch} of {args.epochs}" if epoch else "the beginning: no checkpoint yet"
         done = "the end: nothing is left to do" if epoch == args.epochs else done
@@ -177,6 +181,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         weight = share(len(x), x.device)  # of this process
+        x, dtype = x.to(self.running_mean.dtype), x.dtype  # under autocast it is bfloat16
 
         def mean(x):
             return _Sum.apply(x.mean((0, 2, 3)) * (weight / world_size()))
@@ -192,7 +197,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         x = x * (var + self.eps).rsqrt()[:, None, None]
         if self.affine:
             x = x * self.weight[:, None, None] + self.bias[:, None, None]
-        return x
+        return x.to(dtype)
 
 
 def synchronized(network, device):

@@ -6,6 +6,7 @@ by itself, as lists of files. What an image looks like in an epoch depends on th
 and its place in the data set alone, not on the number of workers or processes.
 """
 
+import codecs
 import copy
 import hashlib
 import os
@@ -116,6 +117,8 @@ def draw_split(names, labels, classes, seed):
     """
     by_class = [[] for _ in classes]
     for name, label in zip(names, labels, strict=True):
+        if "\n" in name:
+            raise UserError(f"{name!r} has a line break in its name: rename it")
         by_class[label].append(name)
     parts = [], []
     for name, members in zip(classes, by_class, strict=True):
@@ -164,18 +167,24 @@ def read_split(path):
     for name in SPLIT:
         file = (path if path.is_dir() else path.parent) / name
         try:
-            text = file.read_text()
-        except (OSError, ValueError) as error:
+            lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        except OSError as error:
             raise UserError(f"--split: cannot read {file} ({error}): give another") from None
-        parts.append([line.replace("/", os.sep) for line in text.splitlines() if line])
+        lines = [os.fsdecode(line.removesuffix(b"\r")) for line in lines]
+        parts.append([line.replace("/", os.sep) for line in lines if line])
     return parts
 
 
 def write_split(files, folder):
-    """The names of the two Files as two lists in `folder`, one name a line, relative, with /."""
+    """The names of the two Files as two lists in `folder`, one name a line, relative, with /.
+
+    None are written where they lie in two folders, as published.
+    """
+    if files[0].folder != files[1].folder:
+        return
     for part, name in zip(files, SPLIT, strict=True):
         lines = (os.fsdecode(path).replace(os.sep, "/") + "\n" for path in part.paths)
-        (folder / name).write_text("".join(lines))
+        (folder / name).write_bytes(b"".join(map(os.fsencode, lines)))
 
 
 def counts(files):
@@ -225,6 +234,10 @@ class Loader:
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)
         )
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        workers = min(workers, cores)
         self.loader = DataLoader(
             files,
             batch_sampler=_Shares(self),
@@ -263,6 +276,11 @@ class Loader:
             yield data.normalized(x, self.mean, self.std), y
 
     forever = data.Batches.forever
+
+    def smallest(self):
+        """The fewest images that a process has in a step."""
+        processes, rest = distributed.world_size(), self.total % self.batch_size
+        return min(self.batch_size, rest if rest >= processes else self.batch_size) // processes
 
     def state_dict(self):
         """What load_state_dict needs to go on after the last batch handed out."""

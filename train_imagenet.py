@@ -61,7 +61,8 @@ def main(args):
         network = NetworkImageNet(
             args.init_channels, args.classes or classes, args.layers, args.auxiliary, genotype
         )
-        engine.check_size(network, args.input_size)
+        fewest = 2 if args.sync_bn else train.smallest()
+        engine.check_size(network, args.input_size, fewest, multiple=32)
     network.to(device)
     if args.sync_bn:
         network = distributed.synchronized(network, device)
@@ -79,10 +80,11 @@ def main(args):
     folder, log, state = distributed.open_run("eval", args, device, **about)
     start, best = 0, {"top1": 0.0, "epoch": 0}
     if state is not None:
-        start, best = state["epoch"], state["best"]
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        train.load_state_dict(state["loader"])
+        with utils.restoring(folder):
+            start, best = state["epoch"], state["best"]
+            network.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            train.load_state_dict(state["loader"])
     elif is_main():
         genotypes.save(genotype, folder / "genotype.json")
     log.info(

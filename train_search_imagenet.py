@@ -10,6 +10,7 @@ trains. What was measured with this code stands in the README.
 """
 
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -49,7 +50,10 @@ def get_args():
 def main(args):
     device = distributed.start(args)
     utils.set_seed(args.seed)
-    parts = imagenet.load_search(args.tmp_data_dir, args.split, args.seed)
+    split = args.split
+    if args.resume and Path(args.resume, imagenet.SPLIT[0]).exists():
+        split = args.resume  # its own lists
+    parts = imagenet.load_search(args.tmp_data_dir, split, args.seed)
     crop = imagenet.train_transform(args.input_size, jitter=False)
     common = dict(batch_size=args.batch_size, device=device, workers=args.workers)
     augmented = dict(**common, shuffle=True)
@@ -70,7 +74,8 @@ def main(args):
             args.init_channels, len(parts[0].classes), args.layers, criterion, k=args.k,
             edge_norm=not args.no_edge_norm, stem="imagenet", recompute=args.recompute,
         )  # fmt: skip
-        engine.check_size(model, args.input_size)
+        fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
+        engine.check_size(model, args.input_size, fewest, multiple=32)
     model.to(device)
     if args.sync_bn:
         model = distributed.synchronized(model, device)
@@ -87,12 +92,13 @@ def main(args):
     folder, log, state = distributed.open_run("search", args, device, classes=parts[0].classes)
     start = 0
     if state is not None:
-        start = state["epoch"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        architect.optimizer.load_state_dict(state["architect"])
-        train.load_state_dict(state["loader"])
-        valid.load_state_dict(state["valid_loader"])
+        with utils.restoring(folder):
+            start = state["epoch"]
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            architect.optimizer.load_state_dict(state["architect"])
+            train.load_state_dict(state["loader"])
+            valid.load_state_dict(state["valid_loader"])
     elif is_main():
         imagenet.write_split(parts, folder)
     log.info(

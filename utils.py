@@ -63,6 +63,8 @@ def run(main, get_args):
 def _fail(message, code):
     message = " ".join(str(message).split())
     who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        time.sleep(3)  # where process 0 says the same, this one is ended before it does
     print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
@@ -141,7 +143,7 @@ def add_imagenet_arguments(parser, init_channels, layers, epochs):
 
 
 # What a resumed run may be given anew: where and how it runs, not what it computes.
-FREE = ("device", "gpu", "workers", "report_freq", "resume")
+FREE = ("device", "gpu", "workers", "report_freq", "resume", "tmp_data_dir")
 
 
 def parse_args(parser):
@@ -159,7 +161,7 @@ def parse_args(parser):
     if not about:
         raise UserError(f"--resume {args.resume}: no args.json there; give the folder of a run")
     if about.get("script") != script:
-        raise UserError(f"{args.resume} is a run of {about.get('script')}.py: resume it with that")
+        raise UserError(f"{args.resume} is a run of {about['script']}.py: resume it with that")
     stored = about["args"]
     if set(stored) != set(vars(args)):
         name = min(set(stored) ^ set(vars(args)))
@@ -341,10 +343,10 @@ def read_args(folder):
     try:
         about = json.loads(path.read_text())
         newer = about["format"] > FORMAT
-        if not isinstance(about["args"], dict):
+        if not isinstance(about["args"], dict) or not isinstance(about["script"], str):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged: mend it, or remove it and give the flags") from None
+        raise UserError(f"{path} is damaged: mend it, or give another folder") from None
     if newer:
         raise UserError(f"{path} is of a newer version of this code: update it")
     return about
@@ -389,10 +391,26 @@ def keep_epochs(folder, epochs):
         beside.replace(path)
 
 
-def load_checkpoint(folder, script):
+@contextlib.contextmanager
+def restoring(folder):
+    """Turns what a checkpoint that does not fit makes torch raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[-1][:200].strip()}"
+        raise UserError(
+            f"{folder}/checkpoint.pt does not fit the run's args.json or data ({reason}): "
+            "restore what was changed, or begin a new run"
+        ) from None
+
+
+def load_checkpoint(folder, script, epochs):
     """The checkpoint in a run's folder, None where there is none yet.
 
-    Raises UserError where it cannot be read, or is none of `script` and of this version.
+    Raises UserError where it cannot be read, or is none of `script`, of this version and of a run
+    of so many epochs.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -402,6 +420,9 @@ def load_checkpoint(folder, script):
         raise UserError(f"{path} is no checkpoint of {script}.py: give the folder of one")
     if state.get("format") != FORMAT:
         raise UserError(f"{path} is of another version of this code: use that one")
+    epoch, generators = state.get("epoch"), state.get("generators")
+    if type(epoch) is not int or not 1 <= epoch <= epochs or not isinstance(generators, list):
+        raise UserError(f"{path} does not fit the run's {epochs} epochs: begin a new run")
     return state
 
 
@@ -433,7 +454,7 @@ def load(path, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is an error here
             return torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read {path} ({error.strerror}): give another file") from None
     except Exception:  # the unpickler raises whatever a damaged file makes it meet
         raise UserError(f"{path} is no intact weights file: give one that torch saved") from None

@@ -172,6 +172,13 @@ def test_batch_size_must_fit(root):
     assert "the number of validation images, 9" in message and "--batch_size 9" in message
 
 
+def test_no_more_workers_than_cores_and_the_smallest_step(root):
+    train, _ = imagenet.load(root)
+    many = loader(train, None, 16, workers=1000, shuffle=True)
+    assert many.loader.num_workers <= os.cpu_count()
+    assert many.smallest() == 1 and loader(train, None, 13).smallest() == 13
+
+
 # --- odd images ---
 
 
@@ -289,6 +296,21 @@ def test_splits_that_do_not_fit(root, tmp_path, change, words):
         file.write_text("\n".join(lines))
     message = error(imagenet.load_search, root, tmp_path)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.jpg", "caf\u2028\u00e9 1.jpg".encode(), b"a\x0bb.jpg"])
+def test_odd_names_are_written_and_read(root, tmp_path, name):
+    folder = os.fsencode(root / "imagenet" / "train" / "owl")
+    for i in range(2):
+        os.rename(os.path.join(folder, b"%d.jpg" % i), os.path.join(folder, b"%d" % i + name))
+    parts = imagenet.load_search(root)
+    imagenet.write_split(parts, tmp_path)
+    lists = [tmp_path / name for name in imagenet.SPLIT]
+    lists[0].write_bytes(b"\xef\xbb\xbf" + lists[0].read_bytes().replace(b"\n", b"\r\n"))
+    again = imagenet.load_search(root, tmp_path)
+    assert [names(part) for part in again] == [names(part) for part in parts]
+    os.rename(os.path.join(folder, b"0" + name), os.path.join(folder, b"line\nbreak.jpg"))
+    assert "line break" in error(imagenet.load_search, root)
 
 
 def test_splits_that_are_none(root, tmp_path):

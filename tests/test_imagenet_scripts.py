@@ -1,9 +1,11 @@
 """The ImageNet scripts as processes, alone and under torchrun, killed and resumed."""
 
 import csv
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import genotypes
+import utils
 from test_imagenet import fill
 from test_scripts import run
 
@@ -175,3 +178,104 @@ def test_what_torchrun_cannot_do_is_one_line(cwd):
     output, _ = process.communicate()
     lines = [line for line in output.splitlines() if line.startswith("train_imagenet.py: error")]
     assert process.returncode != 0 and "leave --gpu and --device out" in lines[0]
+
+
+def test_bfloat16_and_synchronized_norms_go_together(cwd):
+    """In both scripts, with shares of one image, which only then have a variance."""
+    flags = "--amp --sync_bn --epochs 1"
+    together(f"train_imagenet.py {TRAIN} {flags} --batch_size 2 --save amp", cwd, 2)
+    together(f"train_search_imagenet.py {SEARCH} {flags} --begin 0 --save amp", cwd, 2)
+    for folder in (only(cwd, "eval-amp-*"), only(cwd, "search-amp-*")):
+        assert float(rows(folder)[0]["loss"]) < 100
+
+
+def test_a_resumed_search_reads_its_own_lists(cwd, tmp_path):
+    one = only(cwd, "search-one-*")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name in ("split_train.txt", "split_val.txt"):
+        shutil.copy(one / name, lists)
+    run(f"train_search_imagenet.py {SEARCH} --epochs 1 --begin 1 --split {lists} --save own", cwd)
+    shutil.rmtree(lists)
+    folder = only(cwd, "search-own-*")
+    output = run(f"train_search_imagenet.py --resume {folder} --tmp_data_dir data/imagenet", cwd)
+    assert "nothing is left to do" in output.stdout
+
+
+def _without(name):
+    return lambda state: state.pop(name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(_without, ("epoch", "model", "optimizer", "loader", "best", "generators")),
+        lambda state: state.update(epoch=99),
+        lambda state: state.update(epoch=-1),
+        lambda state: state.update(generators=[{}]),
+        lambda state: state["model"].popitem(),
+        lambda state: state.update(script="train"),
+        lambda state: state.update(format=99),
+    ],
+)
+def test_checkpoints_that_do_not_fit(cwd, tmp_path, monkeypatch, change):
+    folder = only(cwd, "eval-auxiliary-*")
+    shutil.copytree(folder, tmp_path / "run")
+    state = weights(folder, "checkpoint.pt")
+    change(state)
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    assert "checkpoint.pt" in refused(tmp_path / "run", cwd, monkeypatch)
+
+
+def test_a_resume_with_other_data_or_arguments(cwd, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(only(cwd, "eval-auxiliary-*"), folder)
+    about = json.loads((folder / "args.json").read_text())
+    for change, word in (
+        ({"classes": ["ant", "bee", "owl"]}, "other classes"),
+        ({"args": about["args"] | {"init_channels": 16}}, "does not fit"),
+        ({"args": about["args"] | {"epochs": 0}}, "--epochs"),
+        ({"args": about["args"] | {"auxiliary": "yes"}}, "damaged"),
+        ({"args": about["args"] | {"new_flag": 1}}, "new_flag"),
+        ({"script": 3}, "damaged"),
+        ({"script": "train_search_imagenet"}, "train_search_imagenet.py"),
+    ):
+        (folder / "args.json").write_text(json.dumps(about | change))
+        assert word in refused(folder, cwd, monkeypatch)
+    (folder / "args.json").write_text("{")
+    assert "damaged" in refused(folder, cwd, monkeypatch)
+    (folder / "args.json").write_text(json.dumps(about))
+    line = refused(folder, cwd, monkeypatch, "--epochs", "7")
+    assert "--epochs 7" in line and "which is 1" in line
+    whole = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert "no intact" in refused(folder, cwd, monkeypatch)
+
+
+def refused(folder, cwd, monkeypatch, *flags):
+    """The one line with which train_imagenet.py refuses to resume, in this process."""
+    import train_imagenet
+
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", "--resume", str(folder), *flags])
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as exit:
+        utils.run(train_imagenet.main, train_imagenet.get_args)
+    assert exit.value.code == 2
+    assert err.getvalue().count("\n") == 1, err.getvalue()
+    return err.getvalue()
+
+
+def test_rows_of_epochs_after_the_checkpoint_are_taken_out(tmp_path):
+    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 1, "loss": 2.0})
+    kept = (tmp_path / "metrics.csv").read_text()
+    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 2, "loss": 1.0})
+    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 1})
+    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 2})
+    with (tmp_path / "genotypes.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "nor')  # cut by a kill
+    utils.keep_epochs(tmp_path, 1)
+    assert (tmp_path / "metrics.csv").read_text() == kept
+    assert (tmp_path / "genotypes.jsonl").read_text() == '{"epoch": 1}\n'
+    assert len(list(tmp_path.iterdir())) == 2
