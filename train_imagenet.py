@@ -63,6 +63,7 @@ def main(args):
         )
         fewest = 2 if args.sync_bn else train.smallest()
         engine.check_size(network, args.input_size, fewest, multiple=32)
+    macs = [multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)]
     network.to(device)
     if args.sync_bn:
         network = distributed.synchronized(network, device)
@@ -91,7 +92,6 @@ def main(args):
         "%d classes, %d training and %d validation images; note: %s",
         classes, len(train_images), len(val_images), args.note,
     )  # fmt: skip
-    macs = [multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)]
     log.info(
         "network: %.6f M parameters, %.2f M multiply-adds of convolutions and linear layers, "
         "%.2f M as the paper counts (with batch norms, ReLUs and pools)",

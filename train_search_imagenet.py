@@ -107,6 +107,9 @@ def main(args):
         len(parts[0].classes), len(parts[0]), *imagenet.counts(parts[0]),
         len(parts[1]), *imagenet.counts(parts[1]), args.note,
     )  # fmt: skip
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and distributed.world_size() == 1:
+        log.info("%d GPUs are here; torchrun --nproc_per_node %d uses all of them", gpus, gpus)
     log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
 
     batches = valid.forever()
