@@ -17,7 +17,6 @@ import torch
 import genotypes
 import utils
 from test_imagenet import fill
-from test_scripts import run
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--init_channels 8 --layers 3 --input_size 64 --workers 1 --tmp_data_dir data"
@@ -37,8 +36,8 @@ def start(command, cwd, processes=None):
     )  # fmt: skip
 
 
-def together(command, cwd, processes):
-    """The output of a command that must succeed under torchrun."""
+def run(command, cwd, processes=None):
+    """The output of a command that must succeed."""
     process = start(command, cwd, processes)
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -68,7 +67,7 @@ def cwd(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("imagenet")
     fill(cwd / "data" / "imagenet" / "train", {"cat": 90, "dog": 80, "owl": 80})
     fill(cwd / "data" / "imagenet" / "val", {"cat": 3, "dog": 5, "owl": 3})
-    output = run(f"train_search_imagenet.py {SEARCH} --save one", cwd).stdout
+    output = run(f"train_search_imagenet.py {SEARCH} --save one", cwd)
     (cwd / "search.txt").write_text(output)
     return cwd
 
@@ -107,13 +106,13 @@ def test_a_search_on_a_given_split_is_the_same(cwd):
 def test_training_in_one_process_and_its_resume(cwd):
     """A training that is killed and resumed ends with the same bits as one that is not."""
     arch = only(cwd, "search-one-*")
-    whole = run(f"train_imagenet.py {TRAIN} --arch {arch} --save whole", cwd).stdout
+    whole = run(f"train_imagenet.py {TRAIN} --arch {arch} --save whole", cwd)
     assert "250 training and 11 validation images" in whole and "as the paper counts" in whole
     process = start(f"train_imagenet.py {TRAIN} --arch {arch} --save killed", cwd)
     kill_after(process, "train step 0 of 16: ")  # of the first epoch: no checkpoint yet
     killed = only(cwd, "eval-killed-*")
     kill_after(start(f"train_imagenet.py --resume {killed}", cwd), "epoch 2 of 3")
-    output = run(f"train_imagenet.py --resume {killed} --workers 0", cwd).stdout
+    output = run(f"train_imagenet.py --resume {killed} --workers 0", cwd)
     assert f"resumed {killed} after epoch 2 of 3" in output or "after epoch 1 of 3" in output
     whole_run = only(cwd, "eval-whole-*")
     for name in ("weights.pt", "model_best.pt"):
@@ -122,7 +121,7 @@ def test_training_in_one_process_and_its_resume(cwd):
     assert [row["epoch"] for row in rows(killed)] == ["1", "2", "3"]
     for one, other in zip(rows(whole_run), rows(killed), strict=True):
         assert one["loss"] == other["loss"] and one["val_top1"] == other["val_top1"]
-    assert "nothing is left to do" in run(f"train_imagenet.py --resume {killed}", cwd).stdout
+    assert "nothing is left to do" in run(f"train_imagenet.py --resume {killed}", cwd)
     best = max(float(row["val_top1"]) for row in rows(whole_run))
     assert f"top-1 {best:.2f} %: model_best.pt" in whole
     last = rows(whole_run)[-1]
@@ -140,7 +139,7 @@ def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
     assert process.returncode == 1
     assert "another process of this job ended" in output or "Signal 9" in output
     folder = only(cwd, "search-two-*")
-    output = together(f"train_search_imagenet.py --resume {folder}", cwd, 3)
+    output = run(f"train_search_imagenet.py --resume {folder}", cwd, 3)
     assert len(re.findall("epoch 3 of 3", output)) == 1  # one process speaks
     assert "process 1 of 3" in output and "resumed" in output
     assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
@@ -148,7 +147,7 @@ def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
 
 
 def test_training_under_torchrun_counts_every_image_once(cwd):
-    output = together(f"train_imagenet.py {TRAIN} --epochs 1 --save ranks", cwd, 2)
+    output = run(f"train_imagenet.py {TRAIN} --epochs 1 --save ranks", cwd, 2)
     folder = only(cwd, "eval-ranks-*")
     hits = float(rows(folder)[0]["val_top1"]) * 11 / 100
     assert hits == pytest.approx(round(hits), abs=1e-4)  # of 11 images, not of 12
@@ -161,16 +160,16 @@ def test_training_under_torchrun_counts_every_image_once(cwd):
 def test_the_auxiliary_head_needs_224_pixels(cwd):
     flags = f"{TRAIN} --epochs 1 --auxiliary --input_size 224 --batch_size 64 --save auxiliary"
     flags += " --lr_scheduler cosine --amp --classes 10"
-    output = run(f"train_imagenet.py {flags}", cwd).stdout
+    output = run(f"train_imagenet.py {flags}", cwd)
     folder = only(cwd, "eval-auxiliary-*")
     assert weights(folder)["auxiliary_head.classifier.weight"].shape == (10, 768)
     assert "lr 0.50000" in output
     assert json.loads((folder / "args.json").read_text())["classes"] == ["cat", "dog", "owl"]
-    score = run(f"test.py --model_path {folder} --workers 1", cwd).stdout
+    score = run(f"test.py --model_path {folder} --workers 1", cwd)
     last = rows(folder)[-1]
     assert f"top-1 {float(last['val_top1']):.2f} %" in score and "on 11 test images" in score
     flags = f"--arch PCDARTS --set imagenet --data data --model_path {folder}/weights.pt"
-    assert score.splitlines()[-1].split(": ")[1] in run(f"test.py {flags}", cwd).stdout
+    assert score.splitlines()[-1].split(": ")[1] in run(f"test.py {flags}", cwd)
 
 
 def test_what_torchrun_cannot_do_is_one_line(cwd):
@@ -183,8 +182,8 @@ def test_what_torchrun_cannot_do_is_one_line(cwd):
 def test_bfloat16_and_synchronized_norms_go_together(cwd):
     """In both scripts, with shares of one image, which only then have a variance."""
     flags = "--amp --sync_bn --epochs 1"
-    together(f"train_imagenet.py {TRAIN} {flags} --batch_size 2 --save amp", cwd, 2)
-    together(f"train_search_imagenet.py {SEARCH} {flags} --begin 0 --save amp", cwd, 2)
+    run(f"train_imagenet.py {TRAIN} {flags} --batch_size 2 --save amp", cwd, 2)
+    run(f"train_search_imagenet.py {SEARCH} {flags} --begin 0 --save amp", cwd, 2)
     for folder in (only(cwd, "eval-amp-*"), only(cwd, "search-amp-*")):
         assert float(rows(folder)[0]["loss"]) < 100
 
@@ -199,7 +198,7 @@ def test_a_resumed_search_reads_its_own_lists(cwd, tmp_path):
     shutil.rmtree(lists)
     folder = only(cwd, "search-own-*")
     output = run(f"train_search_imagenet.py --resume {folder} --tmp_data_dir data/imagenet", cwd)
-    assert "nothing is left to do" in output.stdout
+    assert "nothing is left to do" in output
 
 
 def _without(name):
