@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -31,7 +30,29 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _talk.append(dist.new_group(backend="gloo"))
     return device
+
+
+_talk = []  # the group of all processes for messages that no GPU waits for, once there is one
+
+
+def agree(number):
+    """The largest of the integers that the processes give, in every one of them."""
+    if world_size() == 1:
+        return int(number)
+    largest = torch.tensor(int(number))
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_talk[0] if _talk else None)
+    return int(largest)
+
+
+def leave(code):
+    """Ends this process; among many without a last word to the others, which do the same."""
+    sys.stdout.flush()
+    if world_size() > 1:
+        dist.barrier(group=_talk[0] if _talk else None)  # the checkpoint is written
+        os._exit(code)
+    sys.exit(code)
 
 
 def world_size():
@@ -112,47 +133,6 @@ def check_equal(tensors, what):
                 f"{what} are not the same in processes {pair[0]} and {pair[1]}: the machines "
                 "differ or one has failed; go on from the last checkpoint with --resume"
             )
-
-
-def open_run(kind, args, device, **about):
-    """(folder, log, checkpoint) of a new run, without a checkpoint, or of the one to --resume.
-
-    about: what args.json tells besides; classes, which must stay the same. Random numbers go on
-    where the checkpoint was made; of another number of processes they begin anew, from the seed
-    and the epoch. Raises UserError where the folder cannot be made, or does not fit.
-    """
-    folder, state = Path(args.resume or ""), None
-    if args.resume is None:
-        folder = on_main(lambda: utils.create_exp_dir(kind, args.save))
-    else:
-        state = utils.load_checkpoint(folder, Path(sys.argv[0]).stem, args.epochs)
-        if utils.read_args(folder).get("classes") != about["classes"]:
-            raise utils.UserError(f"{folder} learned other classes: give the data of the run")
-    log = utils.start_log(folder, quiet=not is_main())
-    epoch = state["epoch"] if state else 0
-    if is_main() and args.resume is None:
-        utils.write_args(folder, args, **about)
-    elif is_main():
-        utils.keep_epochs(folder, epoch)
-    log.info("%s, process 1 of %d", utils.describe(device), world_size())
-    if state is None or len(state["generators"]) != world_size():
-        torch.manual_seed(args.seed + 1000 * epoch + rank())  # drop path: each process its own
-    else:
-        with utils.restoring(folder):
-            utils.set_generators(state["generators"][rank()], device)
-    if args.resume is not None:
-        done = f"epoch {epoch} of {args.epochs}" if epoch else "the beginning: no checkpoint yet"
-        done = "the end: nothing is left to do" if epoch == args.epochs else done
-        log.info("resumed %s after %s", folder, done)
-    return folder, log, state
-
-
-def save_run(state, folder, device):
-    """Writes checkpoint.pt, with the random number generators of all processes."""
-    state |= {"format": utils.FORMAT, "script": Path(sys.argv[0]).stem}
-    state |= {"generators": gather(utils.generators(device))}
-    if is_main():
-        utils.save(state, folder / "checkpoint.pt")
 
 
 def for_evaluation(model):

@@ -13,35 +13,93 @@ from utils import AverageMeter, UserError, accuracy, peak_memory
 
 
 class Figures:
-    """Loss, top-1 and top-5 of an epoch, and its speed; shows them as it goes."""
+    """Loss, top-1 and top-5 of an epoch, and its speed; shows them as it goes.
 
-    def __init__(self, name, loader, report_freq, log):
+    run: a runs.Run, whose epoch this is; None where figures are but looked at. With a run that was
+    resumed in the middle of an epoch they go on from there.
+    """
+
+    def __init__(self, name, loader, report_freq, log, run=None):
         self.loss, self.top1, self.top5 = AverageMeter(), AverageMeter(), AverageMeter()
-        self.name, self.report_freq, self.log = name, report_freq, log
-        self.start = time.perf_counter()
+        self.meters = (self.loss, self.top1, self.top5)
+        self.name, self.loader, self.report_freq, self.log = name, loader, report_freq, log
+        self.step, self.start, self.run = 0, time.perf_counter(), run
+        self.bad = -1  # the first step that was not finite
+        if run is not None and run.unfinished is not None:
+            self._load(run.unfinished)
+            run.unfinished = None
         # A bar with the time left on a terminal, plain lines elsewhere.
         quiet = None if distributed.is_main() else True
-        self.bar = tqdm(loader, desc=name, leave=False, disable=quiet, dynamic_ncols=True)
+        self.bar = tqdm(
+            loader, desc=name, leave=False, disable=quiet, dynamic_ncols=True, initial=self.step,
+            total=len(loader),
+        )  # fmt: skip
 
     def steps(self):
         """(x, y) of each step; in between the figures are shown every `report_freq` steps."""
-        for step, batch in enumerate(self.bar):
+        if self.step == len(self.loader):  # resumed after the last
+            return
+        for batch in self.bar:
             yield batch
-            if step % self.report_freq == 0:
+            if (self.step - 1) % self.report_freq == 0:
+                self.check()
                 shown = f"loss {self.loss.avg:.4f}, top-1 {self.top1.avg:.2f} %"
                 if self.bar.disable:
-                    self.log.info("%s step %d of %d: %s", self.name, step, len(self.bar), shown)
+                    step = self.name, self.step - 1, len(self.loader)
+                    self.log.info("%s step %d of %d: %s", *step, shown)
                 else:
                     self.bar.set_postfix_str(shown)
 
-    def update(self, loss, logits, y):
+    def update(self, loss, logits, y, norm=None):
+        """Adds a step. norm: of its gradients; with it the step must be finite: UserError."""
         top1, top5 = accuracy(logits.detach(), y, topk=(1, 5))
-        for meter, value in ((self.loss, loss), (self.top1, top1), (self.top5, top5)):
+        for meter, value in zip(self.meters, (loss, top1, top5), strict=True):
             meter.update(value, len(y))
+        if norm is not None:
+            bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
+            if bad.device.type == "cpu":
+                self.bad = self.step if bad else self.bad
+                self.check()
+            elif isinstance(self.bad, int):
+                self.bad = torch.where(bad, self.step, -1)
+            else:  # looked at later, so that no step waits for the device
+                self.bad = torch.where((self.bad < 0) & bad, self.step, self.bad)
+        self.step += 1
+
+    def check(self):
+        """Raises UserError where a step's loss or gradient was NaN or infinite."""
+        if int(self.bad) >= 0:
+            epoch = "" if self.run is None else f"epoch {self.run.epoch + 1}, "
+            raise UserError(
+                f"the loss or its gradient is NaN or infinite in {epoch}step {int(self.bad)}: "
+                "lower --learning_rate, or --arch_learning_rate of a search; "
+                "--detect_anomaly finds where"
+            )
+
+    def state_dict(self):
+        """Of all processes; checked, so that no checkpoint follows a step that was not finite."""
+        self.check()
+        sums = [torch.as_tensor(meter.sum).cpu() for meter in self.meters]
+        seconds = time.perf_counter() - self.start
+        each = distributed.gather({"sums": sums, "count": self.loss.cnt})
+        return {"step": self.step, "seconds": seconds, "each": each}
+
+    def _load(self, state):
+        self.step, self.start = state["step"], self.start - state["seconds"]
+        each, processes = state["each"], distributed.world_size()
+        if len(each) != processes:  # the first takes all
+            sums = [sum(values) for values in zip(*(one["sums"] for one in each), strict=True)]
+            each = [{"sums": sums, "count": sum(one["count"] for one in each)}]
+            each += [{"sums": [0.0] * 3, "count": 0}] * (processes - 1)
+        mine = each[distributed.rank()]
+        for meter, value in zip(self.meters, mine["sums"], strict=True):
+            meter.sum = value.to(self.loader.device) if torch.is_tensor(value) else value
+            meter.cnt = mine["count"]
 
     def result(self, device):
         """The figures over the images of all processes."""
-        sums = [meter.sum for meter in (self.loss, self.top1, self.top5)]
+        self.check()
+        sums = [meter.sum for meter in self.meters]
         *sums, images = distributed.total([*sums, float(self.loss.cnt)], device)  # waits for it
         loss, top1, top5 = (value / max(images, 1) for value in sums)
         seconds = time.perf_counter() - self.start
@@ -56,29 +114,31 @@ class Figures:
         }
 
 
-def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, args, frozen, log):
+def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, args, frozen, run):
     """One epoch of bilevel search (DARTS, algorithm 1): an architecture step, then a weight step.
 
     README, differences 2 and 3.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
     frozen. gradients: architect.Gradients of the training loss. args: unrolled, grad_clip,
-    report_freq. Returns the training figures as a dict.
+    report_freq. run: a runs.Run. Returns the training figures as a dict.
     """
     model.train()
     weights = model.weights()
-    figures = Figures("search", loader, args.report_freq, log)
+    figures = Figures("search", loader, args.report_freq, run.log, run)
     for x, y in figures.steps():
         valid = None if frozen else next(valid_batches)
-        loss, logits = search_step((x, y), valid, weights, gradients, architect, optimizer, args)
-        figures.update(loss, logits, y)
-    return finite(figures.result(loader.device))
+        both = architect, optimizer
+        loss, logits, norm = search_step((x, y), valid, weights, gradients, *both, args)
+        figures.update(loss, logits, y, norm)
+        run.step(figures)
+    return figures.result(loader.device)
 
 
 def search_step(train, valid, weights, gradients, architect, optimizer, args):
     """Alphas and betas on the batch `valid`, unless it is None, then the weights on `train`.
 
-    Returns loss and logits of the training batch.
+    Returns loss and logits of the training batch, and the norm of its gradient.
     """
     if valid is not None:
         eta = optimizer.param_groups[0]["lr"]
@@ -86,18 +146,18 @@ def search_step(train, valid, weights, gradients, architect, optimizer, args):
     loss, logits, values = gradients(weights, *train)  # none for alphas and betas
     for weight, value in zip(weights, values, strict=True):
         weight.grad = value
-    nn.utils.clip_grad_norm_(weights, args.grad_clip)
+    norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
     optimizer.step()
-    return loss, logits
+    return loss, logits, norm
 
 
-def train_epoch(loader, model, criterion, optimizer, args, log):
+def train_epoch(loader, model, criterion, optimizer, args, run):
     """One epoch of a discrete network; returns the training figures as a dict.
 
-    args: auxiliary, auxiliary_weight, amp, grad_clip, report_freq.
+    args: auxiliary, auxiliary_weight, amp, grad_clip, report_freq. run: a runs.Run.
     """
     model.train()
-    figures = Figures("train", loader, args.report_freq, log)
+    figures = Figures("train", loader, args.report_freq, run.log, run)
     for x, y in figures.steps():
         optimizer.zero_grad()
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
@@ -106,21 +166,27 @@ def train_epoch(loader, model, criterion, optimizer, args, log):
             if args.auxiliary:
                 total = total + args.auxiliary_weight * criterion(logits_aux, y)
         (total * distributed.share(len(y), loader.device)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        figures.update(total, logits, y)
-    return finite(figures.result(loader.device))
+        figures.update(total, logits, y, norm)
+        run.step(figures)
+    return figures.result(loader.device)
 
 
 @torch.no_grad()
-def evaluate(loader, model, criterion, args, log):
-    """Loss, top-1 and top-5 (%) over `loader`, of a supernet or a discrete network."""
+def evaluate(loader, model, criterion, args, log, run=None):
+    """Loss, top-1 and top-5 (%) over `loader`, of a supernet or a discrete network.
+
+    run: a runs.Run that a signal may end here.
+    """
     model.eval()
     figures = Figures("evaluate", loader, args.report_freq, log)
     for x, y in figures.steps():
         logits = model(x)
         logits = logits[0] if isinstance(logits, tuple) else logits
         figures.update(criterion(logits, y), logits, y)
+        if run is not None:
+            run.evaluating()
     return figures.result(loader.device)
 
 
@@ -157,11 +223,3 @@ def check_size(model, size, images=2, multiple=4):
                 "give a larger --input_size, or another --batch_size"
             ) from None
         raise
-
-
-def finite(figures):
-    """The figures; raises UserError where the loss is NaN or infinite."""
-    if not abs(figures["loss"]) < float("inf"):
-        hint = "lower --learning_rate, or --arch_learning_rate of a search"
-        raise UserError(f"the training loss is {figures['loss']}: {hint}")
-    return figures

@@ -10,6 +10,8 @@ import codecs
 import copy
 import hashlib
 import os
+import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -245,6 +247,7 @@ class Loader:
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_heed_the_parent,
             generator=torch.Generator(),  # not the global one, which a run owns
         )
 
@@ -314,6 +317,20 @@ class _Shares:
             mine = batch[distributed.rank() :: distributed.world_size()]
             if len(mine):
                 yield list(zip(mine.tolist(), seeds[mine].tolist(), strict=True))
+
+
+def _heed_the_parent(worker):
+    """Signals that end a run may reach all its processes; a worker ends when its parent says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_the_parent(parent):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _collate(samples):

@@ -19,6 +19,7 @@ import genotypes
 import utils
 from model import NetworkCIFAR
 from operations import OPS
+from runs import Run
 
 
 def get_args():
@@ -40,14 +41,15 @@ def get_args():
     add("--cutout_length", type=utils.count, default=16, help="side of that square in pixels")
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--save", default="EXP", help="name of the run: its folder is eval-NAME-DATE-TIME")
-    return parser.parse_args()
+    utils.add_run_arguments(parser)
+    return utils.parse_args(parser)
 
 
 def main(args):
     with utils.user_errors(genotypes.GenotypeError):
         genotype = genotypes.load(args.arch, OPS)
     device = utils.choose_device(args)
-    utils.set_seed(args.seed)
+    utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
     dataset = data.load(args.set, args.data, args.input_size)
     size = dataset.train.images.shape[1]
@@ -74,11 +76,13 @@ def main(args):
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
-    folder = utils.create_exp_dir("eval", args.save)
-    log = utils.start_log(folder)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
+    about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, **about)
+    if run.finished(args):
+        return
+    folder, log = run.folder, run.log
     genotypes.save(genotype, folder / "genotype.json")
-    utils.write_args(folder, args, classes=dataset.classes, mean=dataset.mean, std=dataset.std)
-    log.info(utils.describe(device))
     log.info(
         "%s: %d classes, %d training and %d test images of %d x %d",
         args.set, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels),
@@ -87,14 +91,13 @@ def main(args):
     log.info("network: %.6f M parameters", utils.count_parameters_in_MB(model))
     log.info("genotype = %s", genotypes.text(genotype))
 
-    best = (0.0, 0)
-    for epoch in range(args.epochs):
+    for epoch in range(run.epoch, args.epochs):
         model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         lr = scheduler.get_last_lr()[0]
-        figures = engine.train_epoch(train, model, criterion, optimizer, args, log)
+        figures = engine.train_epoch(train, model, criterion, optimizer, args, run)
+        tested = engine.evaluate(test, model, criterion, args, log, run)
         scheduler.step()
-        tested = engine.evaluate(test, model, criterion, args, log)
-        best = max(best, (tested["top1"], epoch + 1), key=lambda pair: pair[0])
+        best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
         log.info(
             "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, test loss %.4f, "
             "top-1 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
@@ -104,10 +107,9 @@ def main(args):
         tested = {f"test_{name}": tested[name] for name in ("loss", "top1", "top5")}
         row = {"epoch": epoch + 1, "learning_rate": lr, **figures, **tested}
         utils.append_csv(folder / "metrics.csv", row)
-        state = {"format": utils.FORMAT, "script": "train", "epoch": epoch + 1}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        utils.save(state, folder / "checkpoint.pt")
+        run.epoch_done(best=best, tested=tested)
 
+    best, tested = run.values["best"], run.values["tested"]
     utils.save(model.state_dict(), folder / "weights.pt")
     log.info("best epoch: %d with %.2f %% (chosen on the test images: not a result)", *best[::-1])
     log.info("test it again: python test.py --model_path %s", shlex.quote(str(folder)))

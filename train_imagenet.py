@@ -19,6 +19,7 @@ import utils
 from distributed import is_main
 from model import NetworkImageNet, multiply_adds
 from operations import OPS
+from runs import Run
 
 
 def get_args():
@@ -42,7 +43,7 @@ def main(args):
     with utils.user_errors(genotypes.GenotypeError):
         genotype = genotypes.load(args.arch, OPS)
     device = distributed.start(args)
-    utils.set_seed(args.seed)
+    utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
     train_images, val_images = imagenet.load(args.tmp_data_dir)
     classes = len(train_images.classes)
     if (args.classes or classes) < classes:
@@ -78,15 +79,12 @@ def main(args):
     )
 
     about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
-    folder, log, state = distributed.open_run("eval", args, device, **about)
-    start, best = 0, {"top1": 0.0, "epoch": 0}
-    if state is not None:
-        with utils.restoring(folder):
-            start, best = state["epoch"], state["best"]
-            network.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            train.load_state_dict(state["loader"])
-    elif is_main():
+    parts = {"model": network, "optimizer": optimizer, "loader": train}
+    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, **about)
+    if run.finished(args):
+        return
+    folder, log = run.folder, run.log
+    if is_main():
         genotypes.save(genotype, folder / "genotype.json")
     log.info(
         "%d classes, %d training and %d validation images; note: %s",
@@ -99,31 +97,28 @@ def main(args):
     )  # fmt: skip
     log.info("genotype = %s", genotypes.text(genotype))
 
-    for epoch in range(start, args.epochs):
+    for epoch in range(run.epoch, args.epochs):
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         lr = engine.learning_rate(
             epoch, args.epochs, args.learning_rate, args.lr_scheduler, args.batch_size > 256
         )
         optimizer.param_groups[0]["lr"] = lr
-        figures = engine.train_epoch(train, model, smooth, optimizer, args, log)
+        figures = engine.train_epoch(train, model, smooth, optimizer, args, run)
         distributed.broadcast(network.buffers())
-        tested = engine.evaluate(val, distributed.for_evaluation(model), criterion, args, log)
-        is_best = tested["top1"] > best["top1"]
-        best = {"top1": tested["top1"], "epoch": epoch + 1} if is_best else best
+        tested = engine.evaluate(val, distributed.for_evaluation(model), criterion, args, log, run)
+        best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
         if is_main():
             report(folder, log, epoch, args, lr, figures, tested)
-            if is_best:
+            if best[1] == epoch + 1:
                 utils.save(network.state_dict(), folder / "model_best.pt")
-        state = {"epoch": epoch + 1, "best": best, "last": tested, "loader": train.state_dict()}
-        state |= {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
-        distributed.save_run(state, folder, device)
+        run.epoch_done(best=best, tested=tested)
 
     if is_main():
         utils.save(network.state_dict(), folder / "weights.pt")
-    last = state["last"]  # figures of the validation images
+    best, last = run.values["best"], run.values["tested"]
     log.info(
         "best epoch: %d with top-1 %.2f %%: model_best.pt (chosen on these images: not a result)",
-        best["epoch"], best["top1"],
+        *best[::-1],
     )  # fmt: skip
     log.info(
         "after the last epoch: top-1 %.2f %%, top-5 %.2f %% (errors %.2f %%, %.2f %%)",

@@ -20,6 +20,7 @@ import genotypes
 import utils
 from architect import Architect, Gradients
 from model_search import Network
+from runs import Run
 
 
 def get_args():
@@ -48,12 +49,13 @@ def get_args():
     add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
     add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
     add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
-    return parser.parse_args()
+    utils.add_run_arguments(parser)
+    return utils.parse_args(parser)
 
 
 def main(args):
     device = utils.choose_device(args)
-    utils.set_seed(args.seed)
+    utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
     dataset = data.load(args.set, args.data, args.input_size)
     train_half, valid_half = data.halves(dataset.train, args.train_portion)
@@ -82,10 +84,12 @@ def main(args):
         optimizer, args.epochs, args.learning_rate_min
     )
 
-    folder = utils.create_exp_dir("search", args.save)
-    log = utils.start_log(folder)
-    utils.write_args(folder, args)
-    log.info(utils.describe(device))
+    parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
+    parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
+    run = Run("search", args, device, parts, classes=dataset.classes)
+    if run.finished(args):
+        return
+    folder, log = run.folder, run.log
     log.info(
         "%s: %d classes, %d training and %d validation images of %d x %d",
         args.set, len(dataset.classes), *(len(half.labels) for half in (train_half, valid_half)),
@@ -94,20 +98,17 @@ def main(args):
     log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
 
     batches = valid.forever()
-    for epoch in range(args.epochs):
+    for epoch in range(run.epoch, args.epochs):
         frozen = epoch < args.begin
         lr = scheduler.get_last_lr()[0]
         figures = engine.search_epoch(
-            train, batches, model, gradients, architect, optimizer, args, frozen, log
+            train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
         scheduler.step()
         report(folder, log, epoch, args, lr, figures, model.genotype())
-        state = {"format": utils.FORMAT, "script": "train_search", "epoch": epoch + 1}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"architect": architect.optimizer.state_dict()}
-        utils.save(state, folder / "checkpoint.pt")
+        run.epoch_done()
 
-    figures = engine.evaluate(held_out, model, criterion, args, log)
+    figures = engine.evaluate(held_out, model, criterion, args, log, run)
     log.info(
         "supernet on the validation half: top-1 %.2f %%, loss %.4f "
         "(this is not the final accuracy of the cell: train it for that)",

@@ -24,6 +24,7 @@ import utils
 from architect import Architect, Gradients
 from distributed import is_main
 from model_search import Network
+from runs import Run
 from train_search import report
 
 
@@ -49,7 +50,7 @@ def get_args():
 
 def main(args):
     device = distributed.start(args)
-    utils.set_seed(args.seed)
+    utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
     split = args.split
     if args.resume and Path(args.resume, imagenet.SPLIT[0]).exists():
         split = args.resume  # its own lists
@@ -89,17 +90,13 @@ def main(args):
     architect = Architect(model, SimpleNamespace(**vars(args), arch_grad_clip=args.grad_clip))
     gradients = Gradients(model, criterion, args.amp, not args.no_cuda_graph)
 
-    folder, log, state = distributed.open_run("search", args, device, classes=parts[0].classes)
-    start = 0
-    if state is not None:
-        with utils.restoring(folder):
-            start = state["epoch"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            architect.optimizer.load_state_dict(state["architect"])
-            train.load_state_dict(state["loader"])
-            valid.load_state_dict(state["valid_loader"])
-    elif is_main():
+    kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
+    kept |= {"loader": train, "valid_loader": valid}
+    run = Run("search", args, device, kept, classes=parts[0].classes)
+    if run.finished(args):
+        return
+    folder, log = run.folder, run.log
+    if is_main() and not run.resumed:
         imagenet.write_split(parts, folder)
     log.info(
         "%d classes; %d images (%d to %d of a class) for the weights, %d (%d to %d) for alphas "
@@ -113,7 +110,7 @@ def main(args):
     log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
 
     batches = valid.forever()
-    for epoch in range(start, args.epochs):
+    for epoch in range(run.epoch, args.epochs):
         frozen = epoch < args.begin
         warm_up = args.batch_size > 256
         lr = engine.learning_rate(
@@ -121,21 +118,15 @@ def main(args):
         )
         optimizer.param_groups[0]["lr"] = lr
         figures = engine.search_epoch(
-            train, batches, model, gradients, architect, optimizer, args, frozen, log
+            train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
         distributed.check_equal(model.arch_parameters(), "alphas and betas")
         distributed.broadcast(model.buffers())
         if is_main():
             report(folder, log, epoch, args, lr, figures, model.genotype())
-        state = {"epoch": epoch + 1, "model": model.state_dict()}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "architect": architect.optimizer.state_dict(),
-        }
-        state |= {"loader": train.state_dict(), "valid_loader": valid.state_dict()}
-        distributed.save_run(state, folder, device)
+        run.epoch_done()
 
-    figures = engine.evaluate(held_out, model, criterion, args, log)
+    figures = engine.evaluate(held_out, model, criterion, args, log, run)
     log.info(
         "supernet on the images of alphas and betas: top-1 %.2f %%, loss %.4f "
         "(this is not the final accuracy of the cell: train it for that)",

@@ -37,27 +37,36 @@ def user_errors(*kinds):
 
 def run(main, get_args):
     """main(get_args()) as a script: a UserError is one line and exit code 2, an interrupt 130."""
+    args = None
     try:
-        main(get_args())
+        args = get_args()
+        main(args)
     except UserError as error:
         sys.exit(_fail(error, 2))
     except OSError as error:  # a full disk, a folder that became read-only
         sys.exit(_fail(f"{error}; free some space or give another --save", 2))
-    except torch.cuda.OutOfMemoryError:
-        hint = "lower --batch_size or --init_channels, or raise --k in a search"
-        sys.exit(_fail(f"out of memory on the GPU; {hint}", 2))
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        sys.exit(_fail(_out_of_memory(args), 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
-            hint = "lower --batch_size, --init_channels or --input_size"
-            sys.exit(_fail(f"out of memory; {hint}", 2))
+            sys.exit(_fail(_out_of_memory(args), 2))
         if not dist.is_initialized() or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
         hint = "see what it says, then go on with --resume FOLDER"
         sys.exit(_fail(f"another process of this job ended or cannot be reached; {hint}", 1))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _out_of_memory(args):
+    used = {name: getattr(args, name, None) for name in ("batch_size", "k")}
+    used = ", ".join(f"{name} {value}" for name, value in used.items() if value is not None)
+    hints = {"recompute": "give --recompute", "amp": "give --amp", "k": "raise --k"}
+    hints = [text for name, text in hints.items() if hasattr(args, name)]
+    hints = ", or ".join(["lower --batch_size, --init_channels or --input_size", *hints])
+    return f"out of memory with {used}: {hints}"
 
 
 def _fail(message, code):
@@ -139,11 +148,21 @@ def add_imagenet_arguments(parser, init_channels, layers, epochs):
     add("--report_freq", type=count, default=100, help="steps between two lines of progress")
     add("--save", default="EXP", help="name of the run, in the name of its folder")
     add("--note", default="try", help="a word for the log")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser):
+    """The flags of all that searches or trains."""
+    add = parser.add_argument
     add("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    add("--save_every", type=positive, default=10.0, help="minutes between checkpoints in an epoch")
+    add("--deterministic", action="store_true", help="the same bits on a GPU too; slower there")
+    add("--detect_anomaly", action="store_true", help="find where NaN comes from; much slower")
 
 
 # What a resumed run may be given anew: where and how it runs, not what it computes.
-FREE = ("device", "gpu", "workers", "report_freq", "resume", "tmp_data_dir")
+FREE = ("device", "gpu", "workers", "report_freq", "save_every", "detect_anomaly", "resume")
+FREE += ("data", "tmp_data_dir")  # which may have moved
 
 
 def parse_args(parser):
@@ -212,32 +231,19 @@ def describe(device):
     return f"device {device}"
 
 
-def set_seed(seed):
-    """Seeds Python, NumPy and PyTorch."""
+def set_seed(seed, deterministic=False, detect_anomaly=False):
+    """Seeds Python, NumPy and PyTorch.
+
+    deterministic: PyTorch takes only algorithms that give the same bits every time.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    torch.autograd.set_detect_anomaly(detect_anomaly)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def generators(device):
-    """The state of every random number generator, for a checkpoint."""
-    numpy = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
-    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_generators(state, device):
-    """Goes on from what `generators` returned."""
-    random.setstate(state["python"])
-    numpy = dict(state["numpy"])
-    numpy["state"] = dict(numpy["state"], key=numpy["state"]["key"].numpy().astype(np.uint32))
-    np.random.set_state(numpy)
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def peak_memory(device):
@@ -332,7 +338,7 @@ def write_args(folder, args, **more):
     """args.json: arguments, command and versions behind a run, and what is in `more`."""
     about = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "command": sys.argv, **more}
     about |= {"torch": torch.__version__, "python": sys.version.split()[0], "args": vars(args)}
-    (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    write(folder / "args.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
 def read_args(folder):
@@ -368,79 +374,36 @@ def append_jsonl(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def keep_epochs(folder, epochs):
-    """Takes the rows of later epochs out of metrics.csv and genotypes.jsonl, before a resume."""
-    for name, number in (
-        ("metrics.csv", lambda line: line.split(",")[0]),
-        ("genotypes.jsonl", lambda line: json.loads(line)["epoch"]),
-    ):
-        path = folder / name
-        if not path.exists():
-            continue
-        lines = path.read_text().splitlines(keepends=True)
-        header = lines[: name == "metrics.csv"]
-        kept = []
-        for line in lines[len(header) :]:
-            try:
-                if line.endswith("\n") and int(number(line)) <= epochs:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                pass  # a line cut by a kill
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text("".join(header + kept))
-        beside.replace(path)
-
-
-@contextlib.contextmanager
-def restoring(folder):
-    """Turns what a checkpoint that does not fit makes torch raise into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[-1][:200].strip()}"
-        raise UserError(
-            f"{folder}/checkpoint.pt does not fit the run's args.json or data ({reason}): "
-            "restore what was changed, or begin a new run"
-        ) from None
-
-
-def load_checkpoint(folder, script, epochs):
-    """The checkpoint in a run's folder, None where there is none yet.
-
-    Raises UserError where it cannot be read, or is none of `script`, of this version and of a run
-    of so many epochs.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    state = load(path)
-    if not isinstance(state, dict) or state.get("script") != script:
-        raise UserError(f"{path} is no checkpoint of {script}.py: give the folder of one")
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path} is of another version of this code: use that one")
-    epoch, generators = state.get("epoch"), state.get("generators")
-    if type(epoch) is not int or not 1 <= epoch <= epochs or not isinstance(generators, list):
-        raise UserError(f"{path} does not fit the run's {epochs} epochs: begin a new run")
-    return state
-
-
-def save(state, path):
+def save(state, path, previous=None):
     """torch.save, written beside `path` and renamed over it: there is never half a file.
 
-    Raises UserError where it cannot be written, on a full disk say.
+    previous: where the file that was there stays. Raises UserError where it cannot be written, on a
+    full disk say.
     """
-    beside, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    buffer = io.BytesIO()
     torch.save(state, buffer)
+    write(path, buffer.getbuffer(), previous)
+
+
+def write(path, content, previous=None):
+    """Writes bytes as `save` does."""
+    beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new names too
+        finally:
+            os.close(folder)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         hint = "free some space or give another --save"
         raise UserError(f"cannot write {path} ({error.strerror}): {hint}") from None
 

@@ -20,6 +20,9 @@ from test_imagenet import fill
 from utils import UserError
 
 CPU = torch.device("cpu")
+RUN = SimpleNamespace(  # a runs.Run that saves nothing
+    log=SimpleNamespace(info=lambda *args: None), unfinished=None, epoch=0, step=lambda figures: 0
+)
 
 
 def in_processes(n, function, *args):
@@ -131,10 +134,9 @@ def train(synchronized, genotype):
     model = distributed.wrap(network, CPU, args)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=3e-5)
     batches = Shares(batch(n, 64, seed=n) for n in (6, 5))
-    log = SimpleNamespace(info=lambda *args: None)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    figures = engine.train_epoch(batches, model, criterion, optimizer, args, log)
-    tested = engine.evaluate(batches, distributed.for_evaluation(model), criterion, args, log)
+    figures = engine.train_epoch(batches, model, criterion, optimizer, args, RUN)
+    tested = engine.evaluate(batches, distributed.for_evaluation(model), criterion, args, RUN.log)
     statistics = [tensor for name, tensor in network.named_buffers() if "running" in name]
     weights = [weight.detach() for weight in network.parameters()]
     figures = [torch.tensor(each[name]) for each in (figures, tested) for name in ("loss", "top1")]
@@ -165,8 +167,7 @@ def test_one_process_on_a_cpu_goes_through_data_parallel():
     args = SimpleNamespace(auxiliary=False, amp=False, grad_clip=5.0, report_freq=1)
     before = network.classifier.weight.detach().clone()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    log = SimpleNamespace(info=lambda *args: None)
-    engine.train_epoch(Shares([(x, y)]), model, nn.CrossEntropyLoss(), optimizer, args, log)
+    engine.train_epoch(Shares([(x, y)]), model, nn.CrossEntropyLoss(), optimizer, args, RUN)
     assert not torch.equal(before, network.classifier.weight)
     other = NetworkImageNet(4, 5, 3, False, genotypes.PCDARTS).double()
     other.load_state_dict(model.state_dict())  # with module.

@@ -51,7 +51,7 @@ def test_search_writes_its_run_folder(runs):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "args.json", "log.txt", "metrics.csv", "genotypes.jsonl", "checkpoint.pt",
-        "weights.pt", "genotype.json",
+        "weights.pt", "genotype.json", "checkpoint.prev.pt", "scripts",
     }  # fmt: skip
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]

@@ -1,0 +1,271 @@
+"""A run: its folder, what it was started with, its checkpoints, and how it ends and goes on."""
+
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+import utils
+from utils import FORMAT, UserError
+
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
+
+
+class Run:
+    """The folder of a new run, or of the one to --resume, which this process alone writes.
+
+    parts: what a checkpoint holds, {name: object with state_dict and load_state_dict}. values:
+    plain values that it holds besides. epoch: how many are done. about: what args.json tells of the
+    data; classes must stay the same. Raises UserError where the folder cannot be made, is in use,
+    or does not fit.
+    """
+
+    def __init__(self, kind, args, device, parts, values=None, **about):
+        self.device, self.parts, self.values = device, parts, dict(values or {})
+        self.epoch, self.figures, self.unfinished = 0, None, None
+        self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
+        self.resumed = args.resume is not None
+        if self.resumed:
+            self.folder = Path(args.resume)
+        else:
+            self.folder = distributed.on_main(lambda: utils.create_exp_dir(kind, args.save))
+        self.log = utils.start_log(self.folder, quiet=not distributed.is_main())
+        if distributed.is_main():
+            self._lock()
+        if self.resumed:
+            if utils.read_args(self.folder).get("classes") != about["classes"]:
+                raise UserError(f"{self.folder} learned other classes: give the data of the run")
+            self._restore(load_checkpoint(self.folder, self.log), args)
+        elif distributed.is_main():
+            utils.write_args(self.folder, args, device=utils.describe(device), **_code(), **about)
+            _copy_scripts(self.folder / "scripts")
+        if not self.resumed:
+            torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
+        processes = distributed.world_size()
+        self.log.info("%s%s", utils.describe(device), f", {processes} processes" * (processes > 1))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+
+    def _lock(self):
+        """The log file is locked as long as this process lives."""
+        stream = self.log.handlers[-1].stream
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder} is in use by another process: wait for it") from None
+
+    def _restore(self, state, args):
+        for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            path.unlink(missing_ok=True)
+        if state is None:
+            self.log.info("resumed %s: no checkpoint yet, from the beginning", self.folder)
+            state = {"epoch": 0, "unfinished": None}
+            torch.manual_seed(args.seed + distributed.rank())
+        else:
+            self._load(state, args)
+        if distributed.is_main():
+            keep_epochs(self.folder, self.epoch)
+        if self.finished(args):
+            self.log.info("resumed %s, which is finished: nothing is left to do", self.folder)
+        elif self.epoch or self.unfinished:
+            steps = f" and {self.unfinished['step']} steps" if self.unfinished else ""
+            done = f"epoch {self.epoch} of {args.epochs}{steps}"
+            self.log.info("resumed %s after %s", self.folder, done)
+
+    def _load(self, state, args):
+        path = self.folder / CHECKPOINT
+        epoch, unfinished = state.get("epoch"), state.get("unfinished")
+        if (
+            type(epoch) is not int
+            or not 0 <= epoch <= args.epochs
+            or (epoch, unfinished) == (0, None)
+        ):
+            raise UserError(f"{path} does not fit the run's {args.epochs} epochs: begin a new run")
+        try:
+            self.values = {name: state["values"][name] for name in self.values}
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            if unfinished is not None:
+                unfinished = {name: unfinished[name] for name in ("step", "seconds", "each")}
+            generators = state["generators"]
+            if len(generators) == distributed.world_size():
+                _set_generators(generators[distributed.rank()], self.device)
+            else:
+                torch.manual_seed(args.seed + 1000 * epoch + distributed.rank())
+        except UserError:
+            raise
+        except Exception as error:  # whatever torch makes of what does not fit
+            reason = f"{type(error).__name__}: {str(error).splitlines()[-1:]}"[:200]
+            raise UserError(
+                f"{path} does not fit the run's args.json or data ({reason}): "
+                "restore what was changed, or begin a new run"
+            ) from None
+        self.epoch, self.unfinished = epoch, unfinished
+
+    def finished(self, args):
+        """Whether nothing is left to do."""
+        return self.epoch == args.epochs and (self.folder / "weights.pt").exists()
+
+    def _signalled(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def step(self, figures):
+        """After each step: saves every --save_every minutes; ends where a signal asks for it."""
+        self.figures = figures
+        due = time.monotonic() - self.saved_at > 60 * self.minutes
+        wish = distributed.agree(max(self.signal, due))
+        if wish:
+            self.save()
+        if wish > 1:
+            self._stop(wish)
+
+    def evaluating(self):
+        """After each step of an evaluation, which a resumed run makes again."""
+        if self.signal and distributed.world_size() == 1:
+            self.save()
+            self._stop(self.signal)
+
+    def _stop(self, number):
+        step = f", step {self.figures.step}" if self.figures is not None else ""
+        self.log.info(
+            "%s: saved %s in epoch %d%s; go on with --resume %s", signal.Signals(number).name,
+            self.folder / CHECKPOINT, self.epoch + 1, step, self.folder,
+        )  # fmt: skip
+        distributed.leave(128 + number)
+
+    def epoch_done(self, **values):
+        """The epoch's rows are written: from here a resumed run goes on. values: anew."""
+        self.epoch, self.figures = self.epoch + 1, None
+        self.values |= values
+        self.save()
+        if wish := distributed.agree(self.signal):
+            self.log.info("%s: saved %s after epoch %d; go on with --resume %s",
+                          signal.Signals(wish).name, self.folder / CHECKPOINT, self.epoch,
+                          self.folder)  # fmt: skip
+            distributed.leave(128 + wish)
+
+    def save(self):
+        """Writes the checkpoint; the one before stays beside it."""
+        unfinished = None if self.figures is None else self.figures.state_dict()
+        generators = distributed.gather(_generators(self.device))
+        self.saved_at = time.monotonic()
+        if not distributed.is_main():
+            return
+        state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "epoch": self.epoch}
+        state |= {"unfinished": unfinished, "values": self.values, "generators": generators}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        for name, tensor in state["model"].items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{name} is NaN or infinite in epoch {self.epoch + (unfinished is not None)}: "
+                    "lower --learning_rate; the checkpoint before was left as it is"
+                )
+        path = self.folder / CHECKPOINT
+        utils.save(state, path, previous=self.folder / PREVIOUS)
+
+
+def load_checkpoint(folder, log):
+    """The checkpoint in a run's folder, or where it is damaged the one before; None without any.
+
+    Raises UserError where none can be used.
+    """
+    script, failed = Path(sys.argv[0]).stem, None
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is not None:
+                raise UserError(f"{path} is damaged")
+            state = utils.load(path)
+        except (UserError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            failed = failed or error
+            log.info("%s cannot be used (%s)", path, " ".join(str(error).split()))
+            continue
+        if not isinstance(state, dict) or state.get("script") != script:
+            raise UserError(f"{path} is no checkpoint of {script}.py: give the folder of one")
+        if state.get("format") != FORMAT:
+            raise UserError(f"{path} is of another version of this code: use that one")
+        if path.name == PREVIOUS:
+            log.info("going on from the one before, %s", path)
+        return state
+    if failed:
+        raise UserError(f"no checkpoint in {folder} can be used: begin a new run")
+    return None
+
+
+def keep_epochs(folder, epochs):
+    """Takes the rows of later epochs out of metrics.csv and genotypes.jsonl, before a resume."""
+    for name, number in (
+        ("metrics.csv", lambda line: next(csv.reader([line]))[0]),
+        ("genotypes.jsonl", lambda line: json.loads(line)["epoch"]),
+    ):
+        path = folder / name
+        if not path.exists():
+            continue
+        lines = path.read_text().splitlines(keepends=True)
+        header = lines[: name == "metrics.csv"]
+        kept = []
+        for line in lines[len(header) :]:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
+                if line.endswith("\n") and int(number(line)) <= epochs:
+                    kept.append(line)
+        if kept or header:
+            utils.write(path, "".join(header + kept).encode())
+
+
+def _generators(device):
+    """The state of every random number generator of this process."""
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_generators(state, device):
+    random.setstate(state["python"])
+    numpy = dict(state["numpy"])
+    numpy["state"] = dict(numpy["state"], key=numpy["state"]["key"].numpy().astype(np.uint32))
+    np.random.set_state(numpy)
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _code():
+    """The git commit of this code and whether its files are as committed; None without git."""
+
+    def git(*words):
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.TimeoutExpired):
+        commit = changes = None
+    return {"commit": commit, "clean": None if changes is None else changes == ""}
+
+
+def _copy_scripts(folder):
+    """The code as it was, as the published scripts keep it."""
+    folder.mkdir()
+    for path in Path(__file__).parent.glob("*.py"):
+        shutil.copy(path, folder)

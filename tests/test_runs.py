@@ -1,0 +1,334 @@
+"""Runs that are killed, told to stop, disturbed, or given numbers that go wrong."""
+
+import contextlib
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import genotypes
+import runs
+import utils
+from engine import Figures
+from test_imagenet import fill
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SEARCH = "train_search.py --set digits --epochs 3 --begin 1 --batch_size 180 --init_channels 8 "
+SEARCH += "--layers 3 --input_size 8 --save_every 0.001 --report_freq 1"
+TRAIN = "train.py --set digits --epochs 3 --batch_size 300 --init_channels 4 --layers 3 "
+TRAIN += "--input_size 8 --drop_path_prob 0.3 --cutout --save_every 0.001 --report_freq 1"
+
+
+def start(command, cwd, **more):
+    """A script as a process of its own."""
+    script, *flags = command.split()
+    return subprocess.Popen(
+        [sys.executable, "-u", ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
+    )  # fmt: skip
+
+
+def finish(process, code=0):
+    output = process.communicate()[0]
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"{words} never came")
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "train_search"])  # torch is imported once, not every time
+
+
+class Script:
+    """A script in a process forked from one that has imported it: many can be killed quickly."""
+
+    def __init__(self, command, cwd):
+        name, *flags = command.split()
+        self.output = Path(cwd, f"output-{time.monotonic_ns()}")
+        self.process = FORKS.Process(target=_script, args=(name, flags, cwd, self.output))
+        self.process.start()
+
+    def wait_for(self, words):
+        """Until it has printed this, or has ended: whether it has printed it."""
+        while True:
+            ended = not self.process.is_alive()
+            if self.output.exists() and words in self.output.read_text():
+                return True
+            if ended:
+                return False
+            time.sleep(0.005)
+
+    def end(self, number=signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+        self.process.join()
+
+    def finish(self, code=0):
+        self.process.join()
+        output = self.output.read_text() if self.output.exists() else ""
+        assert self.process.exitcode == code, output
+        return output
+
+
+def _script(name, flags, cwd, output):
+    os.chdir(cwd)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = [name, *flags]
+    torch.set_num_threads(1)
+    module = importlib.import_module(name.removesuffix(".py"))
+    utils.run(module.main, module.get_args)
+
+
+def run(command, cwd, code=0):
+    return Script(command, cwd).finish(code)
+
+
+def only(cwd, pattern):
+    [folder] = cwd.glob(pattern)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with an undisturbed search and training: search-whole-*, eval-whole-*."""
+    cwd = tmp_path_factory.mktemp("whole")
+    run(f"{SEARCH} --save whole", cwd)
+    run(f"{TRAIN} --save whole", cwd)
+    return cwd
+
+
+def rows(folder):
+    """metrics.csv without what the clock and the machine say."""
+    varying = ("seconds", "images_per_second", "memory_mib")
+    table = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [{name: row[name] for name in row if name not in varying} for row in table]
+
+
+def assert_same_end(one, other):
+    """The same bits in weights, alphas, betas, both optimizers, figures and genotypes."""
+    for name in ("weights.pt", "checkpoint.pt"):
+        first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+        assert_same(first, second, name)
+    assert rows(one) == rows(other)
+    for name in ("genotypes.jsonl", "genotype.json"):
+        if (one / name).exists():
+            assert (one / name).read_text() == (other / name).read_text()
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def assert_same(one, other, where):
+    assert type(one) is type(other), where
+    if torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            if name not in ("seconds", "images_per_second", "memory_mib"):
+                assert_same(one[name], other[name], f"{where} {name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where} {i}")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("command, kind", [(SEARCH, "search"), (TRAIN, "eval")])
+def test_a_run_killed_ten_times_ends_as_one_that_was_not(whole, tmp_path, command, kind):
+    """SIGKILL at random moments, from its first breath to while it saves (it saves every step)."""
+    draw, kills = random.Random(0), 0
+    process = Script(f"{command} --save killed", tmp_path)
+    assert process.wait_for("step 0 of")
+    folder = only(tmp_path, f"{kind}-killed-*")
+    while kills < 10 or draw.random() < 0.5:
+        time.sleep(draw.uniform(0, 0.4 if kills % 2 else 0.1))
+        process.end()
+        kills += 1
+        process = Script(f"{command.split()[0]} --resume {folder}", tmp_path)
+        if kills % 2:  # else wherever it is
+            process.wait_for(" step ")
+    process.finish()
+    assert_same_end(only(whole, f"{kind}-whole-*"), folder)
+    assert "nothing is left to do" in run(f"{command.split()[0]} --resume {folder}", tmp_path)
+    assert_same_end(only(whole, f"{kind}-whole-*"), folder)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command, kind", [(SEARCH, "search"), (TRAIN, "eval")])
+def test_a_signal_saves_and_ends(whole, tmp_path, number, code, command, kind):
+    process = Script(f"{command} --save told --save_every 60", tmp_path)
+    process.wait_for("step 1 of")
+    process.end(number)
+    output = process.finish(code)
+    folder = only(tmp_path, f"{kind}-told-*")
+    assert f"{number.name}: saved" in output and f"--resume {folder.name}" in output
+    assert "Traceback" not in output
+    run(f"{command.split()[0]} --resume {folder} --save_every 0.001", tmp_path)
+    assert_same_end(only(whole, f"{kind}-whole-*"), folder)
+
+
+def test_a_signal_in_the_imagenet_search_with_workers(tmp_path):
+    """The whole group of processes gets it, as from a terminal or a scheduler."""
+    fill(tmp_path / "data" / "imagenet_search" / "train", {"cat": 14, "dog": 14})
+    fill(tmp_path / "data" / "imagenet_search" / "val", {"cat": 4, "dog": 4})
+    command = (
+        "train_search_imagenet.py --tmp_data_dir data --init_channels 8 --layers 3 --workers 2"
+    )
+    command += " --input_size 32 --batch_size 4 --epochs 2 --begin 0 --report_freq 1"
+    finish(start(f"{command} --save whole", tmp_path))
+    process = start(f"{command} --save told", tmp_path, start_new_session=True)
+    wait_for(process, "step 2 of")
+    os.killpg(process.pid, signal.SIGINT)
+    assert "SIGINT: saved" in finish(process, 130)
+    folder = only(tmp_path, "search-told-*")
+    finish(start(f"train_search_imagenet.py --resume {folder} --workers 1", tmp_path))
+    first, second = (
+        torch.load(only(tmp_path, f"search-{name}-*") / "weights.pt", weights_only=True)
+        for name in ("whole", "told")
+    )
+    assert_same(first, second, "weights")
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(whole, tmp_path):
+    for damage in ("cut", "flipped", "gone", "empty"):
+        folder = tmp_path / damage
+        shutil.copytree(only(whole, "eval-whole-*"), folder)
+        for name in ("weights.pt", "model_best.pt"):
+            (folder / name).unlink(missing_ok=True)
+        path = folder / "checkpoint.pt"
+        content = bytearray(path.read_bytes())
+        if damage == "cut":
+            path.write_bytes(content[: len(content) // 2])
+        elif damage == "flipped":
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        elif damage == "empty":
+            path.write_bytes(b"")
+        else:
+            path.unlink()
+        output = run(f"train.py --resume {folder}", tmp_path)
+        assert "going on from the one before" in output and "checkpoint.prev.pt" in output
+        assert damage == "gone" or "cannot be used" in output
+        assert_same_end(only(whole, "eval-whole-*"), folder)
+
+
+def test_two_processes_cannot_resume_the_same_run(tmp_path):
+    first = Script(f"{TRAIN} --save lock --epochs 1000", tmp_path)
+    assert first.wait_for("step 1 of")
+    folder = only(tmp_path, "eval-lock-*")
+    second = run(f"train.py --resume {folder}", tmp_path, 2)
+    assert "in use by another process" in second and second.count("\n") == 1
+    first.end()
+    third = Script(f"train.py --resume {folder}", tmp_path)  # the lock died with its holder
+    assert third.wait_for(" step ")
+    third.end()
+
+
+def test_two_runs_of_the_same_second_have_two_folders(tmp_path):
+    folders = {utils.create_exp_dir("eval", str(tmp_path / "x")) for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    """By a limit on the size of a file, which a write meets as it meets a full disk."""
+    first = Script(f"{TRAIN} --save full", tmp_path)
+    assert first.wait_for("epoch 1 of")
+    first.end(signal.SIGTERM)
+    first.finish(143)
+    folder = only(tmp_path, "eval-full-*")
+    kept = (folder / "checkpoint.pt").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    output = finish(start(f"train.py --resume {folder}", tmp_path, preexec_fn=limit), 2)
+    assert "cannot write" in output and "checkpoint.pt" in output and "Traceback" not in output
+    assert (folder / "checkpoint.pt").read_bytes() == kept
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    output = run(f"{TRAIN} --save nan --learning_rate 1e6 --grad_clip 1e6 --epochs 9", tmp_path, 2)
+    assert "NaN or infinite in epoch" in output and "--learning_rate" in output.splitlines()[-1]
+    path = only(tmp_path, "eval-nan-*") / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)["model"]
+        assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("bad", ["loss", "norm"])
+def test_figures_name_the_step(bad):
+    class Log:
+        def info(self, *args):
+            pass
+
+    run = type("Run", (), {"unfinished": None, "epoch": 4})
+    figures = Figures("train", [None] * 3, 50, Log(), run)
+    y, logits = torch.tensor([0, 1]), torch.eye(2)
+    values = {"loss": torch.tensor(1.0), "norm": torch.tensor(1.0)}
+    figures.update(values["loss"], logits, y, values["norm"])
+    values[bad] = torch.tensor(float("inf"))
+    with pytest.raises(utils.UserError, match="epoch 5, step 1"):
+        figures.update(values["loss"], logits, y, values["norm"])
+
+
+def test_the_folder_tells_how_it_was_made(whole):
+    folder = only(whole, "search-whole-*")
+    about = json.loads((folder / "args.json").read_text())
+    assert about["command"][0].endswith("train_search.py") and "CPU" in about["device"]
+    assert about["torch"] == torch.__version__ and set(about) >= {"commit", "clean", "python"}
+    copied = {path.name for path in (folder / "scripts").iterdir()}
+    assert copied == {path.name for path in ROOT.glob("*.py")}
+    lines = (folder / "genotypes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert genotypes.load(str(folder))
+
+
+def test_a_hostile_checkpoint_runs_no_code(whole, tmp_path):
+    from test_scripts import Hostile
+
+    folder = tmp_path / "run"
+    shutil.copytree(only(whole, "eval-whole-*"), folder)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        torch.save(Hostile(tmp_path / "hacked"), folder / name)
+    (folder / "weights.pt").unlink()
+    output = run(f"train.py --resume {folder}", tmp_path, 2)
+    assert "no checkpoint in" in output and not (tmp_path / "hacked").exists()
+
+
+def test_rows_of_epochs_after_the_checkpoint_are_taken_out(tmp_path):
+    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 1, "loss": 2.0})
+    kept = (tmp_path / "metrics.csv").read_text()
+    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 2, "loss": 1.0})
+    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 1})
+    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 2})
+    with (tmp_path / "genotypes.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "nor')  # cut by a kill
+    runs.keep_epochs(tmp_path, 1)
+    assert (tmp_path / "metrics.csv").read_text() == kept
+    assert (tmp_path / "genotypes.jsonl").read_text() == '{"epoch": 1}\n'
+    assert len(list(tmp_path.iterdir())) == 2
