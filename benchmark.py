@@ -79,8 +79,11 @@ def main(args):
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     results = {"machine": machine}
-    try:
-        Path(args.json).touch()  # before the measuring, not after it
+    try:  # before the measuring, not after it
+        new = not Path(args.json).exists()
+        Path(args.json).touch()
+        if new:
+            Path(args.json).unlink()
     except OSError as error:
         raise utils.UserError(f"--json {args.json}: {error.strerror}; name another file") from None
     for name in tables if args.what == "all" else [args.what]:

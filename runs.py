@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 import distributed
+import genotypes
 import utils
+from operations import OPS
 from utils import FORMAT, UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
@@ -28,12 +30,13 @@ class Run:
     """The folder of a new run, or of the one to --resume, which this process alone writes.
 
     parts: what a checkpoint holds, {name: object with state_dict and load_state_dict}. values:
-    plain values that it holds besides. epoch: how many are done. about: what args.json tells of the
-    data; classes must stay the same. Raises UserError where the folder cannot be made, is in use,
-    or does not fit.
+    plain values that it holds besides. genotype: of a training. epoch: how many are done. about:
+    what args.json tells of the data; classes must stay the same. Raises UserError where the folder
+    cannot be made, is in use, or does not fit.
     """
 
-    def __init__(self, kind, args, device, parts, values=None, **about):
+    def __init__(self, kind, args, device, parts, values=None, genotype=None, **about):
+        self.genotype = None if genotype is None else genotypes.text(genotype)
         self.device, self.parts, self.values = device, parts, dict(values or {})
         self.epoch, self.figures, self.unfinished = 0, None, None
         self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
@@ -51,6 +54,8 @@ class Run:
             self._restore(load_checkpoint(self.folder, self.log), args)
         elif distributed.is_main():
             utils.write_args(self.folder, args, device=utils.describe(device), **_code(), **about)
+            if genotype is not None:
+                genotypes.save(genotype, self.folder / "genotype.json")
             _copy_scripts(self.folder / "scripts")
         if not self.resumed:
             torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
@@ -70,6 +75,9 @@ class Run:
     def _restore(self, state, args):
         for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             path.unlink(missing_ok=True)
+        before, now = utils.read_args(self.folder).get("torch"), torch.__version__
+        if before != now:
+            self.log.info("this is torch %s, the run began with %s: bits may differ", now, before)
         if state is None:
             self.log.info("resumed %s: no checkpoint yet, from the beginning", self.folder)
             state = {"epoch": 0, "unfinished": None}
@@ -94,6 +102,11 @@ class Run:
             or (epoch, unfinished) == (0, None)
         ):
             raise UserError(f"{path} does not fit the run's {args.epochs} epochs: begin a new run")
+        if state.get("genotype") != self.genotype:
+            raise UserError(
+                f"{path} is of {state.get('genotype')}, genotype.json of {self.genotype}: "
+                "restore the one that was there"
+            )
         try:
             self.values = {name: state["values"][name] for name in self.values}
             for name, part in self.parts.items():
@@ -141,10 +154,10 @@ class Run:
             self._stop(self.signal)
 
     def _stop(self, number):
-        step = f", step {self.figures.step}" if self.figures is not None else ""
+        step = "" if self.figures is None else f" and {self.figures.step} steps"
         self.log.info(
-            "%s: saved %s in epoch %d%s; go on with --resume %s", signal.Signals(number).name,
-            self.folder / CHECKPOINT, self.epoch + 1, step, self.folder,
+            "%s: saved %s after %d epochs%s; go on with --resume %s", signal.Signals(number).name,
+            self.folder / CHECKPOINT, self.epoch, step, self.folder,
         )  # fmt: skip
         distributed.leave(128 + number)
 
@@ -154,10 +167,7 @@ class Run:
         self.values |= values
         self.save()
         if wish := distributed.agree(self.signal):
-            self.log.info("%s: saved %s after epoch %d; go on with --resume %s",
-                          signal.Signals(wish).name, self.folder / CHECKPOINT, self.epoch,
-                          self.folder)  # fmt: skip
-            distributed.leave(128 + wish)
+            self._stop(wish)
 
     def save(self):
         """Writes the checkpoint; the one before stays beside it."""
@@ -166,8 +176,13 @@ class Run:
         self.saved_at = time.monotonic()
         if not distributed.is_main():
             return
-        state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "epoch": self.epoch}
-        state |= {"unfinished": unfinished, "values": self.values, "generators": generators}
+        state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "genotype": self.genotype}
+        state |= {
+            "epoch": self.epoch,
+            "unfinished": unfinished,
+            "values": self.values,
+            "generators": generators,
+        }
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         for name, tensor in state["model"].items():
             if not torch.isfinite(tensor).all():
@@ -177,6 +192,14 @@ class Run:
                 )
         path = self.folder / CHECKPOINT
         utils.save(state, path, previous=self.folder / PREVIOUS)
+        utils.unsaved_runs.clear()
+
+
+def load_genotype(args):
+    """The genotype of --arch; on a resume the run's own, whatever --arch has come to mean."""
+    own = None if args.resume is None else Path(args.resume, "genotype.json")
+    with utils.user_errors(genotypes.GenotypeError):
+        return genotypes.load(own if own is not None and own.exists() else args.arch, OPS)
 
 
 def load_checkpoint(folder, log):

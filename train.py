@@ -18,8 +18,7 @@ import engine
 import genotypes
 import utils
 from model import NetworkCIFAR
-from operations import OPS
-from runs import Run
+from runs import Run, load_genotype
 
 
 def get_args():
@@ -46,8 +45,7 @@ def get_args():
 
 
 def main(args):
-    with utils.user_errors(genotypes.GenotypeError):
-        genotype = genotypes.load(args.arch, OPS)
+    genotype = load_genotype(args)
     device = utils.choose_device(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
@@ -78,11 +76,10 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
-    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, **about)
+    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
-    genotypes.save(genotype, folder / "genotype.json")
     log.info(
         "%s: %d classes, %d training and %d test images of %d x %d",
         args.set, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels),

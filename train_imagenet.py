@@ -18,8 +18,7 @@ import imagenet
 import utils
 from distributed import is_main
 from model import NetworkImageNet, multiply_adds
-from operations import OPS
-from runs import Run
+from runs import Run, load_genotype
 
 
 def get_args():
@@ -40,8 +39,7 @@ def get_args():
 
 
 def main(args):
-    with utils.user_errors(genotypes.GenotypeError):
-        genotype = genotypes.load(args.arch, OPS)
+    genotype = load_genotype(args)
     device = distributed.start(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
     train_images, val_images = imagenet.load(args.tmp_data_dir)
@@ -80,12 +78,10 @@ def main(args):
 
     about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
     parts = {"model": network, "optimizer": optimizer, "loader": train}
-    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, **about)
+    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
-    if is_main():
-        genotypes.save(genotype, folder / "genotype.json")
     log.info(
         "%d classes, %d training and %d validation images; note: %s",
         classes, len(train_images), len(val_images), args.note,

@@ -95,7 +95,7 @@ def main(args):
         args.set, len(dataset.classes), *(len(half.labels) for half in (train_half, valid_half)),
         *train_half.images.shape[1:3],
     )  # fmt: skip
-    log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
+    introduce(log, args, model)
 
     batches = valid.forever()
     for epoch in range(run.epoch, args.epochs):
@@ -133,6 +133,16 @@ def recipe(args, images):
         else f" --data {shlex.quote(args.data)}"
     )
     return flags + (f" --input_size {args.input_size}" if args.input_size else "")
+
+
+def introduce(log, args, model):
+    """The first lines of a search's log about its supernet."""
+    log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
+    if args.begin >= args.epochs:
+        log.info(
+            "alphas and betas never learn: --begin %d is not below --epochs %d, so the genotype "
+            "is that of random alphas", args.begin, args.epochs,
+        )  # fmt: skip
 
 
 def report(folder, log, epoch, args, lr, figures, genotype):

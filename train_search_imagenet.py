@@ -25,7 +25,7 @@ from architect import Architect, Gradients
 from distributed import is_main
 from model_search import Network
 from runs import Run
-from train_search import report
+from train_search import introduce, report
 
 
 def get_args():
@@ -107,7 +107,7 @@ def main(args):
     gpus = torch.cuda.device_count()
     if gpus > 1 and distributed.world_size() == 1:
         log.info("%d GPUs are here; torchrun --nproc_per_node %d uses all of them", gpus, gpus)
-    log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
+    introduce(log, args, model)
 
     batches = valid.forever()
     for epoch in range(run.epoch, args.epochs):

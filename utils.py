@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import sys
 import time
 import warnings
@@ -43,8 +44,8 @@ def run(main, get_args):
         main(args)
     except UserError as error:
         sys.exit(_fail(error, 2))
-    except OSError as error:  # a full disk, a folder that became read-only
-        sys.exit(_fail(f"{error}; free some space or give another --save", 2))
+    except OSError as error:  # a full disk, a folder that is read-only
+        sys.exit(_fail(f"{error}: make it writable or free some space", 2))
     except (torch.cuda.OutOfMemoryError, MemoryError):
         sys.exit(_fail(_out_of_memory(args), 2))
     except KeyboardInterrupt:
@@ -69,7 +70,13 @@ def _out_of_memory(args):
     return f"out of memory with {used}: {hints}"
 
 
+unsaved_runs = []  # folders of this process that hold no checkpoint yet
+
+
 def _fail(message, code):
+    """Prints the line; a run folder that holds nothing to go on from is taken away."""
+    for folder in unsaved_runs if code == 2 else ():
+        shutil.rmtree(folder, ignore_errors=True)
     message = " ".join(str(message).split())
     who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
     if dist.is_initialized() and dist.get_rank() > 0:
@@ -173,7 +180,7 @@ def parse_args(parser):
     """
     args = parser.parse_args()
     if args.resume is None:
-        return args
+        return _agreeing(args)
     unset = object()
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     about, script = read_args(args.resume), Path(sys.argv[0]).stem
@@ -198,11 +205,23 @@ def parse_args(parser):
         parser.set_defaults(**{name: value if flag or value is None else str(value)})
     free = {name: vars(given)[name] for name in FREE if name in stored}
     free = {name: value for name, value in free.items() if value is not unset}
-    return argparse.Namespace(**vars(parser.parse_args([])) | free)
+    if "device" in free or "gpu" in free:  # one takes the place of the other
+        free = {"device": None, "gpu": None} | free
+    return _agreeing(argparse.Namespace(**vars(parser.parse_args([])) | free))
+
+
+def _agreeing(args):
+    """args, where no flag contradicts another."""
+    if getattr(args, "learning_rate_min", 0) > args.learning_rate:
+        low, high = args.learning_rate_min, args.learning_rate
+        raise UserError(f"--learning_rate_min {low} is above --learning_rate {high}: lower it")
+    return args
 
 
 def choose_device(args):
     """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there."""
+    if args.device is not None and args.gpu:
+        raise UserError(f"--device {args.device} and --gpu {args.gpu}: give one of them")
     if args.device is None and not args.gpu and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     name = f"cuda:{args.gpu or 0}" if args.device is None else args.device
@@ -238,7 +257,7 @@ def set_seed(seed, deterministic=False, detect_anomaly=False):
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # where there is no other way
         torch.backends.cudnn.benchmark = False
     torch.autograd.set_detect_anomaly(detect_anomaly)
     random.seed(seed)
@@ -306,6 +325,7 @@ def create_exp_dir(kind, save):
         try:
             parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
+            unsaved_runs.append(folder)
             return folder
         except FileExistsError:
             if parent.is_dir():

@@ -22,6 +22,7 @@ import genotypes
 import runs
 import utils
 from engine import Figures
+from test_bad_inputs import Hostile
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
@@ -309,8 +310,6 @@ def test_the_folder_tells_how_it_was_made(whole):
 
 
 def test_a_hostile_checkpoint_runs_no_code(whole, tmp_path):
-    from test_scripts import Hostile
-
     folder = tmp_path / "run"
     shutil.copytree(only(whole, "eval-whole-*"), folder)
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
