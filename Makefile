@@ -27,8 +27,8 @@ demo: $(READY)
 	@echo "the search, and the cell it found:  $(SEARCH)/genotype.json"
 	@echo "the network trained from that cell: $(TRAIN)/weights.pt"
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint  # two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

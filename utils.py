@@ -1,4 +1,4 @@
-"""What scripts need besides the network: errors, flags, device, meters, run folder, checkpoints."""
+"""What scripts need besides the network: errors, flags, device, meters, files."""
 
 import argparse
 import contextlib

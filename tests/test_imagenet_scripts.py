@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import genotypes
-import runs
 import utils
 from test_imagenet import fill
 
@@ -148,6 +147,29 @@ def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
     assert (folder / "genotype.json").exists()
 
 
+def test_torchrun_told_to_end_saves_in_the_middle_of_an_epoch(cwd):
+    command = f"train_imagenet.py {TRAIN} --epochs 2 --report_freq 1"
+    run(f"{command} --save whole2", cwd, 2)
+    process = start(f"{command} --save told", cwd, 2)
+    for line in process.stdout:
+        if "train step 4 of" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate()[0]
+    assert process.returncode and output.count("SIGTERM: saved") == 1, output
+    folder, whole = only(cwd, "eval-told-*"), only(cwd, "eval-whole2-*")
+    done = weights(folder, "checkpoint.pt")
+    assert done["epoch"] == 0 and done["unfinished"]["step"] >= 5
+    shutil.copytree(folder, cwd / "told3")
+    run(f"train_imagenet.py --resume {folder}", cwd, 2)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+    assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(folder)]
+    output = run("train_imagenet.py --resume told3", cwd, 3)
+    assert f"after epoch 0 of 2 and {done['unfinished']['step']} steps" in output
+    assert [row["images"] for row in rows(cwd / "told3")] == ["250", "250"]
+
+
 def test_training_under_torchrun_counts_every_image_once(cwd):
     output = run(f"train_imagenet.py {TRAIN} --epochs 1 --save ranks", cwd, 2)
     folder = only(cwd, "eval-ranks-*")
@@ -266,17 +288,3 @@ def refused(folder, cwd, monkeypatch, *flags):
     assert exit.value.code == 2
     assert err.getvalue().count("\n") == 1, err.getvalue()
     return err.getvalue()
-
-
-def test_rows_of_epochs_after_the_checkpoint_are_taken_out(tmp_path):
-    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 1, "loss": 2.0})
-    kept = (tmp_path / "metrics.csv").read_text()
-    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 2, "loss": 1.0})
-    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 1})
-    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 2})
-    with (tmp_path / "genotypes.jsonl").open("a") as file:
-        file.write('{"epoch": 1, "nor')  # cut by a kill
-    runs.keep_epochs(tmp_path, 1)
-    assert (tmp_path / "metrics.csv").read_text() == kept
-    assert (tmp_path / "genotypes.jsonl").read_text() == '{"epoch": 1}\n'
-    assert len(list(tmp_path.iterdir())) == 2
