@@ -186,7 +186,7 @@ def test_a_signal_saves_and_ends(whole, tmp_path, number, code, command, kind):
     output = process.finish(code)
     folder = only(tmp_path, f"{kind}-told-*")
     assert f"{number.name}: saved" in output and f"--resume {folder.name}" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and "after 0 epochs and" in output
     run(f"{command.split()[0]} --resume {folder} --save_every 0.001", tmp_path)
     assert_same_end(only(whole, f"{kind}-whole-*"), folder)
 
@@ -202,8 +202,8 @@ def test_a_signal_in_the_imagenet_search_with_workers(tmp_path):
     finish(start(f"{command} --save whole", tmp_path))
     process = start(f"{command} --save told", tmp_path, start_new_session=True)
     wait_for(process, "step 2 of")
-    os.killpg(process.pid, signal.SIGINT)
-    assert "SIGINT: saved" in finish(process, 130)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert "SIGTERM: saved" in finish(process, 143)
     folder = only(tmp_path, "search-told-*")
     finish(start(f"train_search_imagenet.py --resume {folder} --workers 1", tmp_path))
     first, second = (
