@@ -7,6 +7,7 @@ The state dicts have the names and shapes of the published networks', in the sam
 """
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -204,6 +205,23 @@ class NetworkImageNet(DiscreteNetwork):
 def parameters(network):
     """The number of parameters, those of an auxiliary head not counted, as papers give it."""
     return sum(p.numel() for name, p in network.named_parameters() if "auxiliary_head." not in name)
+
+
+@functools.lru_cache
+def _cost(text, imagenet):
+    with torch.device("meta"):  # shapes alone
+        genotype = genotypes.parse(text, OPS)
+        kind, width, layers = (NetworkImageNet, 48, 14) if imagenet else (NetworkCIFAR, 36, 20)
+        network = kind(width, 1000 if imagenet else 10, layers, False, genotype)
+    return parameters(network), multiply_adds(network, 224 if imagenet else 32)
+
+
+def derived_cost(genotype, imagenet=False):
+    """(parameters, multiply-adds) of the network of this cell in the size that is published.
+
+    36 channels, 20 cells, 32 pixels, 10 classes; on ImageNet 48, 14, 224 and 1000.
+    """
+    return _cost(genotypes.text(genotype), imagenet)
 
 
 def multiply_adds(network, size, paper=False):

@@ -474,6 +474,9 @@ class Cell(nn.Module):
             unexpected.extend(name for name in own if not name.startswith(known))
 
 
+KINDS = ("normal", "reduce")
+
+
 class Network(nn.Module):
     """The supernet: stem, `layers` cells of which two reduce, classifier; alphas and betas.
 
@@ -591,6 +594,25 @@ class Network(nn.Module):
         betas = getattr(self, f"betas_{kind}").split(sizes)
         return torch.cat([part.softmax(0) for part in betas])
 
+    @torch.no_grad()
+    def softmaxes(self):
+        """{"alphas_normal": softmax(alpha) (E, ops), ..., "betas_normal": softmax(beta) (E,), ...}.
+
+        By target, as the alphas; on the CPU. Without edge normalization there are no betas.
+        """
+        alphas = {f"alphas_{k}": getattr(self, f"alphas_{k}").softmax(-1) for k in KINDS}
+        betas = {f"betas_{k}": self.edge_weights(k) for k in KINDS if self.edge_norm}
+        return {name: p.cpu() for name, p in (alphas | betas).items()}
+
+    def entropies(self):
+        """Of softmax(alpha), mean over edges, and of softmax(beta), mean over nodes, in nats."""
+        means = {}
+        for name, p in self.softmaxes().items():
+            which, kind = name.split("_")
+            n = len(p) if which == "alphas" else self._steps
+            means[f"{which[:-1]}_entropy_{kind}"] = float(torch.special.entr(p).sum() / n)
+        return means
+
     def _coefficients(self, kind):
         """The last arguments of Cell.forward, for the "normal" or the "reduce" cells."""
         cell = next(cell for cell in self.cells if cell.reduction == (kind == "reduce"))
@@ -630,7 +652,7 @@ class Network(nn.Module):
         """
         cells = []
         ops = [o for o, name in enumerate(PRIMITIVES) if name != "none"]
-        for kind in ("normal", "reduce"):
+        for kind in KINDS:
             with torch.no_grad():
                 alphas = getattr(self, f"alphas_{kind}").softmax(-1)
                 scores = (alphas * self.edge_weights(kind)[:, None])[:, ops].cpu()

@@ -19,7 +19,9 @@ import torch
 
 import distributed
 import genotypes
+import report
 import utils
+import visualize
 from operations import OPS
 from utils import FORMAT, UserError
 
@@ -36,9 +38,11 @@ class Run:
     """
 
     def __init__(self, kind, args, device, parts, values=None, genotype=None, **about):
+        self.args = {name: value for name, value in vars(args).items() if name not in utils.FREE}
         self.genotype = None if genotype is None else genotypes.text(genotype)
         self.device, self.parts, self.values = device, parts, dict(values or {})
         self.epoch, self.figures, self.unfinished = 0, None, None
+        self.epochs, self.epoch_began, self.report_every = args.epochs, time.time(), args.report
         self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
         self.resumed = args.resume is not None
         if self.resumed:
@@ -61,6 +65,11 @@ class Run:
             torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
         processes = distributed.world_size()
         self.log.info("%s%s", utils.describe(device), f", {processes} processes" * (processes > 1))
+        self.tensorboard = None
+        if args.tensorboard and distributed.is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
 
@@ -102,6 +111,13 @@ class Run:
             or (epoch, unfinished) == (0, None)
         ):
             raise UserError(f"{path} does not fit the run's {args.epochs} epochs: begin a new run")
+        kept = state.get("args") if isinstance(state.get("args"), dict) else {}
+        for name, value in self.args.items():
+            if kept.get(name, value) != value:
+                raise UserError(
+                    f"{path} is of a run with {name} {kept[name]}, args.json of one with {value}: "
+                    "restore what was there"
+                )
         if state.get("genotype") != self.genotype:
             raise UserError(
                 f"{path} is of {state.get('genotype')}, genotype.json of {self.genotype}: "
@@ -161,11 +177,40 @@ class Run:
         )  # fmt: skip
         distributed.leave(128 + number)
 
+    def record(self, row, cell=None):
+        """Writes what an epoch gave: a row of metrics.csv, of a search one of genotypes.jsonl."""
+        if not distributed.is_main():
+            return
+        utils.append_csv(self.folder / "metrics.csv", row)
+        if cell is not None:
+            utils.append_jsonl(self.folder / "genotypes.jsonl", cell)
+        if self.tensorboard is not None:
+            board = self.tensorboard
+            for name, value in row.items():
+                board.add_scalar(name, value, row["epoch"])
+            for name in [name for name in cell or () if name.startswith("softmax")]:
+                board.add_histogram(name, np.array(cell[name]), row["epoch"])
+            if cell is not None:
+                genotype = genotypes.from_json(json.dumps(cell), OPS)
+                for kind, figure in visualize.draw(genotype).items():
+                    board.add_figure(f"{kind} cell", figure, row["epoch"])
+            board.flush()
+
     def epoch_done(self, **values):
-        """The epoch's rows are written: from here a resumed run goes on. values: anew."""
+        """The epoch is recorded: from here a resumed run goes on. values: anew."""
         self.epoch, self.figures = self.epoch + 1, None
         self.values |= values
         self.save()
+        left, now = self.epochs - self.epoch, time.time()
+        if left:
+            seconds = left * (now - self.epoch_began)
+            until = time.strftime("%a %H:%M", time.localtime(now + seconds))
+            self.log.info("%d epochs left: %s as the last one went, until %s",
+                          left, utils.duration(seconds), until)  # fmt: skip
+        self.epoch_began = now
+        due = self.report_every and (self.epoch % self.report_every == 0 or not left)
+        if due and distributed.is_main():
+            report.write(report.read(self.folder), self.folder / "report.html")
         if wish := distributed.agree(self.signal):
             self._stop(wish)
 
@@ -176,13 +221,9 @@ class Run:
         self.saved_at = time.monotonic()
         if not distributed.is_main():
             return
-        state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "genotype": self.genotype}
-        state |= {
-            "epoch": self.epoch,
-            "unfinished": unfinished,
-            "values": self.values,
-            "generators": generators,
-        }
+        state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "args": self.args}
+        state |= {"genotype": self.genotype, "epoch": self.epoch, "unfinished": unfinished}
+        state |= {"values": self.values, "generators": generators}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         for name, tensor in state["model"].items():
             if not torch.isfinite(tensor).all():

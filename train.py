@@ -103,7 +103,7 @@ def main(args):
         )  # fmt: skip
         tested = {f"test_{name}": tested[name] for name in ("loss", "top1", "top5")}
         row = {"epoch": epoch + 1, "learning_rate": lr, **figures, **tested}
-        utils.append_csv(folder / "metrics.csv", row)
+        run.record(row)
         run.epoch_done(best=best, tested=tested)
 
     best, tested = run.values["best"], run.values["tested"]

@@ -104,7 +104,7 @@ def main(args):
         tested = engine.evaluate(val, distributed.for_evaluation(model), criterion, args, log, run)
         best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
         if is_main():
-            report(folder, log, epoch, args, lr, figures, tested)
+            report(run, args, lr, figures, tested)
             if best[1] == epoch + 1:
                 utils.save(network.state_dict(), folder / "model_best.pt")
         run.epoch_done(best=best, tested=tested)
@@ -122,9 +122,10 @@ def main(args):
     )  # fmt: skip
 
 
-def report(folder, log, epoch, args, lr, figures, tested):
-    """A line of the log and of metrics.csv."""
-    log.info(
+def report(run, args, lr, figures, tested):
+    """What an epoch gave, in the log and metrics.csv."""
+    epoch = run.epoch
+    run.log.info(
         "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, validation loss %.4f, top-1 "
         "%.2f %%, top-5 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
         epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
@@ -133,7 +134,7 @@ def report(folder, log, epoch, args, lr, figures, tested):
     )  # fmt: skip
     tested = {f"val_{name}": tested[name] for name in ("loss", "top1", "top5")}
     row = {"epoch": epoch + 1, "learning_rate": lr, **figures, **tested}
-    utils.append_csv(folder / "metrics.csv", row)
+    run.record(row)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ validation half, and the weights on one of the training half. Prints the genotyp
 
 import shlex
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ import engine
 import genotypes
 import utils
 from architect import Architect, Gradients
+from model import derived_cost
 from model_search import Network
 from runs import Run
 
@@ -86,7 +88,8 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
-    run = Run("search", args, device, parts, classes=dataset.classes)
+    about = dict(classes=dataset.classes, primitives=genotypes.PRIMITIVES)
+    run = Run("search", args, device, parts, **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
@@ -105,7 +108,7 @@ def main(args):
             train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
         scheduler.step()
-        report(folder, log, epoch, args, lr, figures, model.genotype())
+        report(run, args, lr, figures, model)
         run.epoch_done()
 
     figures = engine.evaluate(held_out, model, criterion, args, log, run)
@@ -145,21 +148,30 @@ def introduce(log, args, model):
         )  # fmt: skip
 
 
-def report(folder, log, epoch, args, lr, figures, genotype):
-    """A line of the log, metrics.csv and genotypes.jsonl; the genotype is that after the epoch."""
+def report(run, args, lr, figures, model, imagenet=False):
+    """What an epoch gave, in the log and the run's files; the genotype is that after the epoch."""
+    genotype, epoch = model.genotype(), run.epoch
     skips = genotypes.skip_connects(genotype)
     state = f"frozen for the first {args.begin} epochs" if epoch < args.begin else "learning"
-    log.info(
+    run.log.info(
         "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, %.0f images/s, %.1f s, "
         "peak memory %.0f MiB, alphas and betas %s, skip_connects %d normal %d reduce",
         epoch + 1, args.epochs, lr, figures["loss"], figures["top1"],
         figures["images_per_second"], figures["seconds"], figures["memory_mib"], state, *skips,
     )  # fmt: skip
-    log.info("genotype = %s", genotypes.text(genotype))
-    row = {"epoch": epoch + 1, "learning_rate": lr, **figures, "frozen": int(epoch < args.begin)}
-    utils.append_csv(folder / "metrics.csv", row | {"skip_connects_normal": skips[0]})
-    fields = {name: list(value) for name, value in genotype._asdict().items()}
-    utils.append_jsonl(folder / "genotypes.jsonl", {"epoch": epoch + 1, **fields})
+    run.log.info("genotype = %s", genotypes.text(genotype))
+    parameters, multiply_adds = derived_cost(genotype, imagenet)
+    row = {
+        "epoch": epoch + 1, "learning_rate": lr, **figures, "frozen": int(epoch < args.begin),
+        **model.entropies(), "skip_connects_normal": skips[0], "skip_connects_reduce": skips[1],
+        "parameters_m": parameters / 1e6, "multiply_adds_m": multiply_adds / 1e6,
+    }  # fmt: skip
+    cell = {name: list(value) for name, value in genotype._asdict().items()}
+    softmaxes = {
+        f"softmax_{name}": np.round(p.double().numpy(), 6).tolist()
+        for name, p in model.softmaxes().items()
+    }
+    run.record(row, {"epoch": epoch + 1, **cell, **softmaxes})
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def main(args):
 
     kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     kept |= {"loader": train, "valid_loader": valid}
-    run = Run("search", args, device, kept, classes=parts[0].classes)
+    about = dict(classes=parts[0].classes, primitives=genotypes.PRIMITIVES)
+    run = Run("search", args, device, kept, **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
@@ -122,8 +123,7 @@ def main(args):
         )
         distributed.check_equal(model.arch_parameters(), "alphas and betas")
         distributed.broadcast(model.buffers())
-        if is_main():
-            report(folder, log, epoch, args, lr, figures, model.genotype())
+        report(run, args, lr, figures, model, imagenet=True)
         run.epoch_done()
 
     figures = engine.evaluate(held_out, model, criterion, args, log, run)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import importlib
 import io
 import json
 import logging
@@ -53,6 +54,8 @@ def run(main, get_args):
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
             sys.exit(_fail(_out_of_memory(args), 2))
+        if "returned nan values" in str(error):  # of --detect_anomaly, which warned where
+            sys.exit(_fail(f"{error} The forward call is shown above: mend it there", 2))
         if not dist.is_initialized() or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
         hint = "see what it says, then go on with --resume FOLDER"
@@ -165,11 +168,15 @@ def add_run_arguments(parser):
     add("--save_every", type=positive, default=10.0, help="minutes between checkpoints in an epoch")
     add("--deterministic", action="store_true", help="the same bits on a GPU too; slower there")
     add("--detect_anomaly", action="store_true", help="find where NaN comes from; much slower")
+    add("--report", type=count, nargs="?", const=5, metavar="N", help="report.html each N epochs")
+    add(
+        "--tensorboard", action="store_true", help="curves, alphas, betas and cells for TensorBoard"
+    )
 
 
 # What a resumed run may be given anew: where and how it runs, not what it computes.
 FREE = ("device", "gpu", "workers", "report_freq", "save_every", "detect_anomaly", "resume")
-FREE += ("data", "tmp_data_dir")  # which may have moved
+FREE += ("report", "tensorboard", "data", "tmp_data_dir")  # which may have moved
 
 
 def parse_args(parser):
@@ -215,7 +222,22 @@ def _agreeing(args):
     if getattr(args, "learning_rate_min", 0) > args.learning_rate:
         low, high = args.learning_rate_min, args.learning_rate
         raise UserError(f"--learning_rate_min {low} is above --learning_rate {high}: lower it")
+    if args.report or args.tensorboard:
+        need("--report" if args.report else "--tensorboard", ["matplotlib"])
+    if args.tensorboard:
+        need("--tensorboard", ["torch.utils.tensorboard"])
     return args
+
+
+def need(what, packages):
+    """Raises UserError where one of the optional packages, that `what` needs, is missing."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            name = package.split(".")[-1]
+            hint = f"pip install {name}, or all of requirements-viz.txt"
+            raise UserError(f"{what} needs {name}: {hint}") from None
 
 
 def choose_device(args):
@@ -263,6 +285,14 @@ def set_seed(seed, deterministic=False, detect_anomaly=False):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def duration(seconds):
+    """As people say it."""
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def peak_memory(device):

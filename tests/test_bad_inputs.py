@@ -154,6 +154,7 @@ def place(tmp_path_factory):
     broken("hostile", checkpoint(lambda path: torch.save(Hostile(place / "hacked"), path)))
     broken("other_genotype", lambda folder: runs.genotypes.save(
         runs.genotypes.parse(OTHER), folder / "genotype.json"))  # fmt: skip
+    broken("cut_metrics", lambda folder: (folder / "metrics.csv").write_text("epoch\nmany\n"))
     broken("cut_genotype", lambda folder: (folder / "genotype.json").write_text("{"))
     broken("log_is_a_folder", lambda folder: (
         (folder / "log.txt").unlink(), (folder / "log.txt").mkdir()))  # fmt: skip
@@ -261,6 +262,14 @@ FLAGS = [  # of the wrong type or range, unknown, or against each other
     ("benchmark.py everything", "everything"),
     ("benchmark.py supernet --repeats 0", "--repeats"),
     ("benchmark.py supernet --layers 2", "layers=2"),
+    ("visualize.py", "what"),
+    ("visualize.py PCDARTS --format jpg", "jpg", "svg"),
+    ("visualize.py PCDARTS eval", "PCDARTS is no run folder"),
+    ("visualize.py eval search --dot", "--dot"),
+    ("visualize.py PCDARTS --animate", "--animate"),
+    ("visualize.py eval --animate", "--animate takes a search"),
+    ("visualize.py eval search --animate", "--animate takes one run"),
+    (f"{SEARCH} --report 0", "--report", "at least 1"),
 ]
 GENOTYPES = [
     (["PC_DARTS_cifer"], "PC_DARTS_cifer", "PC_DARTS_cifar"),
@@ -308,6 +317,16 @@ PLACES = [  # folders and images
     (f"{SEARCH_IMAGENET} --split nowhere", "--split nowhere"),
     (f"{SEARCH_IMAGENET} --split empty", "split_train.txt"),
     ("benchmark.py files --images nowhere", "nowhere"),
+    ("visualize.py nowhere", "nowhere"),
+    ("visualize.py empty", "empty"),
+    ("visualize.py cut.json", "cut.json"),
+    ("visualize.py cut_args", "args.json is damaged"),
+    ("visualize.py newer_args", "newer version"),
+    ("visualize.py cut_metrics", "cut_metrics is damaged"),
+    ("visualize.py PCDARTS --out a_file", "a_file"),
+    ("visualize.py PCDARTS --out /proc/nothing", "/proc/nothing"),
+    ("visualize.py search --out a_file/x", "a_file"),
+    ("visualize.py search eval --out /proc/nothing", "/proc/nothing"),
     ("benchmark.py supernet --json nowhere/x.json", "nowhere"),
 ]
 WEIGHTS = [
