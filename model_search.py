@@ -98,7 +98,7 @@ class Edge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._ops = nn.ModuleDict()  # keyed by the op's place in PRIMITIVES
+        self._ops = nn.ModuleDict()  # keyed by the op's place in primitives
 
 
 class Cell(nn.Module):
@@ -118,10 +118,16 @@ class Cell(nn.Module):
         reduction_prev,
         k,
         recompute=False,
+        sampling="shuffle",
+        primitives=None,
     ):
         super().__init__()
         self.reduction, self.multiplier, self.k, self.c = reduction, multiplier, k, C // k
-        self.recompute = recompute
+        self.recompute, self.sampling = recompute, sampling
+        self.primitives = primitives or PRIMITIVES
+        if sampling == "random":  # source[:, channel_order] has the channels of the ops first
+            self.register_buffer("channel_order", torch.arange(C), persistent=False)
+            self.register_buffer("channel_places", torch.arange(C), persistent=False)
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
@@ -131,7 +137,7 @@ class Cell(nn.Module):
         self.waves = waves(steps)
         self.strided = 2 * steps if reduction else 0  # edges with stride 2: the first
         edges = [  # by target, as published, each op with its own initial weights
-            [OPS[name](self.c, 2 if reduction and i < 2 else 1, False) for name in PRIMITIVES]
+            [OPS[name](self.c, 2 if reduction and i < 2 else 1, False) for name in self.primitives]
             for j in range(steps)
             for i in range(2 + j)
         ]
@@ -140,7 +146,7 @@ class Cell(nn.Module):
         self._stack_weights(edges)
 
     def _sort_operations(self, first, last):
-        """The places in PRIMITIVES of each kind of op, read off the first and the last edge."""
+        """The places in primitives of each kind of op, read off the first and the last edge."""
 
         def kind(*types):
             """Places whose op is of these types on both edges, with norms that learn nothing."""
@@ -165,11 +171,11 @@ class Cell(nn.Module):
         self.seps = [o for o in kind((SepConv, SepConv)) if keeps_size(last[o], 1)]
         self.dils = [o for o in kind((DilConv, DilConv)) if keeps_size(last[o], 2)]
         pools = kind((nn.MaxPool2d, nn.MaxPool2d), (nn.AvgPool2d, nn.AvgPool2d))
-        self.pools = [o for o in pools if "pool" in PRIMITIVES[o]]
+        self.pools = [o for o in pools if "pool" in self.primitives[o]]
         self.halves = kind((FactorizedReduce, Identity))
         self.skips = self.halves if self.strided else kind((Identity, Identity))
         batched = self.seps + self.dils + self.pools + self.skips + kind((Zero, Zero))
-        self.others = [o for o in range(len(PRIMITIVES)) if o not in batched]
+        self.others = [o for o in range(len(self.primitives)) if o not in batched]
         # Pools have no weights: one for all targets of a source.
         self.pool_ops = nn.ModuleList(
             nn.ModuleList((last if w else first)[o] for o in self.pools)
@@ -219,7 +225,7 @@ class Cell(nn.Module):
         for e, edge in zip(self.order, edges, strict=True):
             for o in self.others:
                 op = edge[o]
-                if "pool" in PRIMITIVES[o]:
+                if "pool" in self.primitives[o]:
                     op = nn.Sequential(op, nn.BatchNorm2d(c, affine=False))
                 self._ops[e]._ops[str(o)] = op
 
@@ -236,7 +242,8 @@ class Cell(nn.Module):
         W is the matrix of operations.NormSum: an edge's ops go to its own target, the pools and the
         skip_connect of a source to all. -1 stands for zero. `skips`, the last, are not normalized.
         """
-        places = torch.arange(len(self.order) * len(PRIMITIVES)).view(-1, len(PRIMITIVES))
+        n = len(self.primitives)
+        places = torch.arange(len(self.order) * n).view(-1, n)
         matrices = []
         for w, part in enumerate(places.split([S * T for S, T in self.waves])):
             S, T = self.waves[w]
@@ -275,6 +282,8 @@ class Cell(nn.Module):
         start, sources = 0, states
         for w, (S, T) in enumerate(self.waves):
             edges, start = slice(start, start + S * T), start + S * T
+            if self.sampling == "random":
+                sources = [source.index_select(1, self.channel_order) for source in sources]
             parts = [source.split([self.c, source.shape[1] - self.c], 1) for source in sources]
             x = torch.cat([first for first, _ in parts], 1)  # (N, S * c, H, W)
             kind = "cpu" if x.is_meta else x.device.type
@@ -410,16 +419,33 @@ class Cell(nn.Module):
         return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
 
     def _node(self, mixed, bypass):
-        """A node (N, C, H, W), shuffled, of mixed (N, c, H, W) and a row of `_pass_by`."""
+        """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""
         if self.k == 1:
             return mixed
         n, c, h, w = mixed.shape
-        parts = [mixed.permute(0, 2, 3, 1), *bypass.view(n, h, w, -1).split(c, 3)]
-        # Channel i of group g goes to place i * K + g: channel_shuffle in one write.
-        return torch.stack(parts, -1).flatten(3).permute(0, 3, 1, 2)
+        mixed, bypass = mixed.permute(0, 2, 3, 1), bypass.view(n, h, w, -1)
+        if self.sampling == "shuffle":
+            # Channel i of group g goes to place i * K + g: channel_shuffle in one write.
+            node = torch.stack([mixed, *bypass.split(c, 3)], -1).flatten(3)
+        elif self.sampling == "shift":  # the next operations take the first that passed here
+            node = torch.cat([bypass, mixed], 3)
+        else:  # every channel back in its place
+            node = torch.cat([mixed, bypass], 3).index_select(3, self.channel_places)
+        return node.permute(0, 3, 1, 2)
+
+    def resample(self):
+        """Draws the C / k channels that go through the operations."""
+        order = torch.randperm(len(self.channel_order))
+        parts = order.split([self.c, len(order) - self.c])
+        order = torch.cat([part.sort().values for part in parts])
+        self.channel_order.copy_(order)
+        self.channel_places.copy_(order.argsort())
 
     def _released(self):
         """(name in a released state dict, tensor or view here) of all that is stored by source."""
+        if self.sampling == "random":
+            yield "channel_order", self.channel_order
+            yield "channel_places", self.channel_places
         n, m = len(self.seps), len(self.dils)
         place = 0
         for w, (S, T) in enumerate(self.waves):
@@ -475,6 +501,18 @@ class Cell(nn.Module):
 
 
 KINDS = ("normal", "reduce")
+SAMPLINGS = ("shuffle", "shift", "random")
+
+
+def check_primitives(names):
+    """The list of names; ValueError where one is unknown or nothing is searched."""
+    names = list(names)
+    for name in names:
+        if name not in OPS:
+            raise ValueError(f"unknown operation {name!r}: give some of {', '.join(OPS)}")
+    if not set(names) - {"none"}:
+        raise ValueError("no operation but none: give one or more to search")
+    return names
 
 
 class Network(nn.Module):
@@ -482,9 +520,13 @@ class Network(nn.Module):
 
     k: 1/k of the channels go through the operations; k=1, edge_norm=False is DARTS. stem: "cifar",
     or "imagenet" (stride 8). recompute: keep less for the backward pass, and make it again there.
+    sampling: which channels the operations of the next node take: "shuffle" as published; "shift",
+    a rotation by C / k instead of the shuffle; or "random", drawn by `resample`, the others back in
+    their places. primitives: the names of the operations; None: genotypes.PRIMITIVES.
     alphas and betas are buffers that require a gradient: they are in the state dict and move with
     the network, but `parameters()` are the weights alone.
-    Raises ValueError where C / k is no even number, and for fewer than 3 layers.
+    Raises ValueError where C / k is no even number, for fewer than 3 layers, and where an
+    argument is unknown.
     """
 
     def __init__(
@@ -500,6 +542,8 @@ class Network(nn.Module):
         edge_norm=True,
         stem="cifar",
         recompute=False,
+        sampling="shuffle",
+        primitives=None,
     ):
         super().__init__()
         if k < 1 or C < 1 or C % k or (C // k) % 2:
@@ -510,10 +554,14 @@ class Network(nn.Module):
             raise ValueError(f"multiplier={multiplier}: a cell outputs 1 to steps={steps} nodes")
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem={stem!r}: give 'cifar' or 'imagenet'")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling={sampling!r}: give one of {', '.join(SAMPLINGS)}")
+        self.primitives = check_primitives(primitives or PRIMITIVES)
         self._arguments = dict(
             C=C, num_classes=num_classes, layers=layers, criterion=criterion,
             steps=steps, multiplier=multiplier, stem_multiplier=stem_multiplier,
-            k=k, edge_norm=edge_norm, stem=stem, recompute=recompute,
+            k=k, edge_norm=edge_norm, stem=stem, recompute=recompute, sampling=sampling,
+            primitives=self.primitives,
         )  # fmt: skip
         self._criterion, self._steps, self._multiplier = criterion, steps, multiplier
         self.edge_norm = edge_norm
@@ -554,6 +602,8 @@ class Network(nn.Module):
                 reduction_prev,
                 k,
                 recompute,
+                sampling,
+                self.primitives,
             )
             self.cells.append(cell)
             reduction_prev = reduction
@@ -565,7 +615,7 @@ class Network(nn.Module):
         self._arch_names = ["alphas_normal", "alphas_reduce"]
         self._arch_names += ["betas_normal", "betas_reduce"] if edge_norm else []
         for name in self._arch_names:  # 1e-3 * N(0, 1)
-            shape = (edges, len(PRIMITIVES)) if "alphas" in name else (edges,)
+            shape = (edges, len(self.primitives)) if "alphas" in name else (edges,)
             self.register_buffer(name, (1e-3 * torch.randn(shape)).requires_grad_())
 
     def forward(self, x):
@@ -645,26 +695,48 @@ class Network(nn.Module):
             its.data.copy_(mine.data)
         return network
 
-    def genotype(self):
+    @torch.no_grad()
+    def genotype(self, max_skip=None):
         """The cells: of each node the two best edges, on each the best op other than none.
 
         DARTS, section 2.4. An op's score is softmax(alpha) * softmax(beta); of equals the first.
+        max_skip: at most so many skip_connects in the normal cell: as long as there are more, the
+        one with the smallest softmax(alpha) is taken out and the cell derived again (P-DARTS,
+        section 3.3).
         """
         cells = []
-        ops = [o for o, name in enumerate(PRIMITIVES) if name != "none"]
         for kind in KINDS:
-            with torch.no_grad():
-                alphas = getattr(self, f"alphas_{kind}").softmax(-1)
-                scores = (alphas * self.edge_weights(kind)[:, None])[:, ops].cpu()
-            best, op = scores.max(1)  # of each edge
-            gene, start = [], 0
-            for node in best.split([2 + j for j in range(self._steps)]):
-                edges = node.sort(descending=True, stable=True).indices[:2].tolist()
-                gene += [(PRIMITIVES[ops[op[start + e]]], e) for e in edges]
-                start += len(node)
-            cells.append(gene)
+            alphas = getattr(self, f"alphas_{kind}").softmax(-1).cpu()  # (E, ops)
+            betas = self.edge_weights(kind).cpu()
+            gene = self._derive(alphas * betas[:, None])
+            while kind == "normal" and max_skip is not None:
+                skips = [edge for edge, (op, _) in gene.items() if op == "skip_connect"]
+                if len(skips) <= max_skip:
+                    break
+                o = self.primitives.index("skip_connect")
+                alphas[min(skips, key=lambda edge: alphas[edge, o]), o] = 0
+                gene = self._derive(alphas * betas[:, None])
+            cells.append(list(gene.values()))
         concat = range(2 + self._steps - self._multiplier, self._steps + 2)
         return Genotype(cells[0], concat, cells[1], concat)
+
+    def _derive(self, scores):
+        """{edge: (op, input)} of the cell with these scores (E, ops), in the genotype's order."""
+        ops = [o for o, name in enumerate(self.primitives) if name != "none"]
+        best, op = scores[:, ops].max(1)  # of each edge
+        gene, start = {}, 0
+        for node in best.split([2 + j for j in range(self._steps)]):
+            edges = node.sort(descending=True, stable=True).indices[:2].tolist()
+            gene |= {start + e: (self.primitives[ops[op[start + e]]], e) for e in edges}
+            start += len(node)
+        return gene
+
+    def resample(self):
+        """Before each step of a search: draws the channels anew where sampling is "random"."""
+        if self._arguments["sampling"] == "random":
+            for cell in self.cells:
+                cell.resample()
+                distributed.broadcast([cell.channel_order, cell.channel_places])
 
     def _apply(self, fn, recurse=True):
         """As for parameters: alphas and betas stay the same leaf tensors, only their data moves."""

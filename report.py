@@ -438,8 +438,8 @@ def table(runs):
                 )
             else:
                 cells.append(mean([max(value) for value in values if value]))
-            sizes = [run.column("parameters_m")[-1] for run in group if run.column("parameters_m")]
-            cells.append(mean(sizes))
+            sizes = [run.column("parameters_m") or [run.about.get("parameters_m")] for run in group]
+            cells.append(mean([size[-1] for size in sizes if size[-1] is not None]))
             seconds = [sum(run.column("seconds")) for run in group if run.rows]
             cells.append(utils.duration(statistics.mean(seconds)) if seconds else "–")
             memory = [max(run.column("memory_mib")) for run in group if run.rows]

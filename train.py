@@ -76,6 +76,7 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    about["parameters_m"] = utils.count_parameters_in_MB(model)
     run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return

@@ -77,6 +77,7 @@ def main(args):
     )
 
     about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
+    about["parameters_m"] = utils.count_parameters_in_MB(network)
     parts = {"model": network, "optimizer": optimizer, "loader": train}
     run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
