@@ -111,6 +111,8 @@ class Architect:
     amp, no_cuda_graph and arch_grad_clip (norm of the gradient in a step), if they are there.
     """
 
+    STEP = 0.01  # of the central difference in a second-order step, in the norm of all weights
+
     def __init__(self, model, args):
         self.model = model
         self.momentum, self.weight_decay = args.momentum, args.weight_decay
@@ -173,7 +175,7 @@ class Architect:
             gradient = self._gradient([*arch, *weights], *valid)
         at_ahead, v = gradient[: len(arch)], gradient[len(arch) :]
 
-        R = 0.01 / torch.stack([g.norm() for g in v]).norm()
+        R = self.STEP / torch.stack([g.norm() for g in v]).norm()
         sides = []
         for sign in (1, -1):
             there = [value + sign * R * g for value, g in zip(w, v, strict=True)]
@@ -207,6 +209,40 @@ class Architect:
             yield
         finally:
             _copy(kept, buffers)
+
+
+def dominant_eigenvalue(model, input, target, iterations=20, step=0.01):
+    """The eigenvalue of largest size of the Hessian of the loss in alpha, by power iteration.
+
+    Its growth announces that a search collapses (Zela et al., ICLR 2020, section 4). The product of
+    the Hessian with a unit vector v is the difference of two gradients, at alpha +- step * v. With
+    the statistics of the batch; alphas, running statistics and random numbers stay as they are.
+    """
+    alphas = [tensor for tensor in model.arch_parameters() if tensor.dim() == 2]
+    gradients, training = Gradients(model, graphs=False), model.training
+    architect_like = [buffer for buffer in model.buffers() if not buffer.requires_grad]
+    kept = [tensor.detach().clone() for tensor in [*alphas, *architect_like]]
+    generator = torch.Generator().manual_seed(0)
+    v = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a in alphas]
+    model.train()
+    try:
+        for _ in range(iterations):
+            norm = torch.stack([part.norm() for part in v]).norm()
+            if not norm > 0:
+                return 0.0
+            v = [part / norm for part in v]
+            sides = []
+            for sign in (1, -1):
+                there = [a + sign * step * part for a, part in zip(kept, v)]  # noqa: B905
+                _copy(there, alphas)
+                sides.append(gradients(alphas, input, target)[2])
+            product = [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
+            value = sum((p * part).sum() for p, part in zip(product, v, strict=True))
+            v = product
+        return float(value)  # the Rayleigh quotient
+    finally:
+        _copy(kept, [*alphas, *architect_like])
+        model.train(training)
 
 
 @torch.no_grad()

@@ -49,13 +49,29 @@ class DataSet(NamedTuple):
     flip: bool  # whether a mirrored image is still of its class
 
 
-def load(name: str, root: str | os.PathLike, input_size: int | None = None) -> DataSet:
+def load(
+    name: str,
+    root: str | os.PathLike,
+    input_size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+) -> DataSet:
     """Read the set `name`, one of SETS, from the folder `root` (digits comes with this file).
 
     input_size: height and width in pixels, 8 or more; None is 32, for digits 16. folder reads
     root/train/CLASS and root/test/CLASS (or root/val/CLASS); CIFAR is downloaded when missing.
+    mean, std: "R,G,B" in the place of those of the training images (CIFAR: as published).
     Raises UserError where the set is unknown, missing, corrupted or incomplete.
     """
+    dataset = _load(name, root, input_size)
+    given = {"mean": mean, "std": std}
+    given = {k: tuple(map(float, v.split(","))) for k, v in given.items() if v is not None}
+    if min(given.get("std", (1,))) <= 0:
+        raise UserError(f"--std {std}: give numbers above 0")
+    return dataset._replace(**given)
+
+
+def _load(name, root, input_size):
     if name not in SETS:
         raise UserError(f"unknown set {name!r}: use one of {', '.join(SETS)}")
     if input_size is not None and input_size < 8:
@@ -69,6 +85,12 @@ def load(name: str, root: str | os.PathLike, input_size: int | None = None) -> D
         return _folder(root, size) if name == "folder" else _cifar(name, root, size)
     except OSError as error:
         raise UserError(f"{root} cannot be read ({_reason(error)}): check the folder") from error
+
+
+def counts(images: Images) -> tuple[int, int]:
+    """(fewest, most) images of a class that is there."""
+    per_class = images.labels.bincount()
+    return int(per_class.min()), int(per_class.max())
 
 
 def halves(images: Images, train_portion: float) -> tuple[Images, Images]:

@@ -8,6 +8,7 @@ import ast
 import difflib
 import json
 import os
+import random
 import reprlib
 import warnings
 from collections import namedtuple
@@ -160,20 +161,36 @@ def from_json(text, ops=None):
     return _from_fields(fields, ops)
 
 
-def to_json(genotype):
-    """The genotype as a JSON object, a line per field."""
-    fields = _tidy(genotype)._asdict().items()
-    return "{\n" + ",\n".join(f'  "{k}": {json.dumps(list(v))}' for k, v in fields) + "\n}\n"
+def to_json(genotype, primitives=None):
+    """The genotype as a JSON object, a line per field; with the space that was searched, if given."""
+    fields = _tidy(genotype)._asdict() | ({"primitives": primitives} if primitives else {})
+    lines = (f'  "{k}": {json.dumps(list(v))}' for k, v in fields.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def save(genotype, path):
-    """Write to_json(genotype) to the file `path`; raises OSError."""
+def save(genotype, path, primitives=None):
+    """Write to_json(genotype, primitives) to the file `path`; raises OSError."""
     with open(path, "w", encoding="utf-8") as file:
-        file.write(to_json(genotype))
+        file.write(to_json(genotype, primitives))
+
+
+def sample(seed, steps=4, primitives=None):
+    """A random cell pair: of each node two different inputs and their ops, all equally likely.
+
+    The baseline of a search. primitives: the ops, without none; None: PRIMITIVES.
+    """
+    draw = random.Random(seed)
+    ops = [op for op in primitives or PRIMITIVES if op != "none"]
+    cells = []
+    for _ in ("normal", "reduce"):
+        inputs = (sorted(draw.sample(range(2 + node), 2)) for node in range(steps))
+        cells.append([(draw.choice(ops), i) for pair in inputs for i in pair])
+    concat = range(2, 2 + steps)
+    return Genotype(cells[0], concat, cells[1], concat)
 
 
 def load(arch, ops=None):
-    """The genotype that `--arch` means: a name in this file, Genotype(...), a file or a run folder.
+    """The genotype of `--arch`: a name in this file, Genotype(...), a file, folder, or random:SEED.
 
     A folder stands for its genotype.json; a file not named .json is read by `parse`. Raises
     GenotypeError where there is none of these, the file cannot be read, or `check` does.
@@ -181,6 +198,10 @@ def load(arch, ops=None):
     if not isinstance(arch, (str, os.PathLike)):
         raise GenotypeError(f"{_short(arch)} is no architecture; give a name, a path or a text")
     arch = os.fspath(arch)
+    if arch.startswith("random:"):
+        if not arch[7:].isdecimal() or len(arch) > 20:
+            raise GenotypeError(f"{_short(arch)} has no seed; give random:0, random:1, ...")
+        return check(sample(int(arch[7:])), ops)
     if arch not in names() and "Genotype(" in arch:
         return parse(arch, ops)
     path = os.path.join(arch, "genotype.json") if os.path.isdir(arch) else arch

@@ -14,6 +14,8 @@ from torch import nn
 from torchvision.ops import stochastic_depth
 
 import genotypes
+import measure
+import utils
 from operations import OPS, FactorizedReduce, Identity, ReLUConvBN, without_module_prefix
 
 
@@ -207,13 +209,23 @@ def parameters(network):
     return sum(p.numel() for name, p in network.named_parameters() if "auxiliary_head." not in name)
 
 
+def build(genotype, C, num_classes, layers, stem="cifar", auxiliary=False):
+    """NetworkCIFAR, or NetworkImageNet where stem is "imagenet"; ValueError where they do."""
+    kind = NetworkImageNet if stem == "imagenet" else NetworkCIFAR
+    return kind(C, num_classes, layers, auxiliary, genotype)
+
+
+PUBLISHED = {  # C, classes, cells, side of the images
+    "cifar": (36, 10, 20, 32), "imagenet": (48, 1000, 14, 224),
+}  # fmt: skip
+
+
 @functools.lru_cache
-def _cost(text, imagenet):
+def _cost(text, stem):
+    *sizes, side = PUBLISHED[stem]
     with torch.device("meta"):  # shapes alone
-        genotype = genotypes.parse(text, OPS)
-        kind, width, layers = (NetworkImageNet, 48, 14) if imagenet else (NetworkCIFAR, 36, 20)
-        network = kind(width, 1000 if imagenet else 10, layers, False, genotype)
-    return parameters(network), multiply_adds(network, 224 if imagenet else 32)
+        network = build(genotypes.parse(text, OPS), *sizes, stem)
+    return parameters(network), multiply_adds(network, side)
 
 
 def derived_cost(genotype, imagenet=False):
@@ -221,7 +233,7 @@ def derived_cost(genotype, imagenet=False):
 
     36 channels, 20 cells, 32 pixels, 10 classes; on ImageNet 48, 14, 224 and 1000.
     """
-    return _cost(genotypes.text(genotype), imagenet)
+    return _cost(genotypes.text(genotype), "imagenet" if imagenet else "cifar")
 
 
 def multiply_adds(network, size, paper=False):
@@ -266,3 +278,37 @@ def multiply_adds(network, size, paper=False):
             module.register_forward_hook(count(module))
     network(torch.empty(1, 3, size, size, dtype=network.classifier.weight.dtype, device="meta"))
     return total
+
+
+def get_args():
+    parser = utils.Parser("What the network of a cell costs, before it is trained.")
+    add = parser.add_argument
+    add("--arch", default="PCDARTS", help="as of train.py")
+    add("--set", default="cifar10", choices=["cifar10", "imagenet"], help="the published sizes of")
+    for name, what in (("init_channels", "channels C"), ("num_classes", "outputs"),
+                       ("layers", "cells"), ("input_size", "side of the images")):  # fmt: skip
+        add(f"--{name}", type=utils.count, help=f"{what}; None: as published")
+    add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
+    return parser.parse_args()
+
+
+def main(args):
+    stem = "imagenet" if args.set == "imagenet" else "cifar"
+    given = args.init_channels, args.num_classes, args.layers, args.input_size
+    *sizes, side = (g or p for g, p in zip(given, PUBLISHED[stem], strict=True))
+    with utils.user_errors(ValueError):  # a GenotypeError too
+        genotype = genotypes.load(args.arch, OPS)
+        network = build(genotype, *sizes, stem, args.auxiliary)
+        counts = [multiply_adds(network, side, paper=paper) for paper in (False, True)]
+    kept = measure.kept_per_image(network, side)
+    print(
+        f"{sizes[0]} channels, {sizes[2]} cells, {side} x {side} pixels, {sizes[1]} classes\n"
+        f"parameters: {parameters(network) / 1e6:.2f} M (an auxiliary head not counted)\n"
+        f"multiply-adds: {counts[0] / 1e6:.2f} M of convolutions and linear layers, "
+        f"{counts[1] / 1e6:.2f} M as the paper counts\n"
+        f"memory per image in training: {kept / 1e6:.1f} MB kept for the backward pass, float32"
+    )
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)

@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distributed
+import measure
+import utils
 from genotypes import PRIMITIVES, Genotype
 from operations import (
     MOMENTUM,
@@ -487,7 +489,8 @@ class Cell(nn.Module):
         for name, tensor in self._released():
             value = state.pop(prefix + name, None)  # or a child would call it unexpected
             if value is None:
-                missing.append(prefix + name)
+                if not name.startswith("channel_"):  # which no released state dict has
+                    missing.append(prefix + name)
             elif value.shape != tensor.shape:
                 shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
                 errors.append(f"size mismatch for {prefix + name}: {shapes}")
@@ -502,17 +505,6 @@ class Cell(nn.Module):
 
 KINDS = ("normal", "reduce")
 SAMPLINGS = ("shuffle", "shift", "random")
-
-
-def check_primitives(names):
-    """The list of names; ValueError where one is unknown or nothing is searched."""
-    names = list(names)
-    for name in names:
-        if name not in OPS:
-            raise ValueError(f"unknown operation {name!r}: give some of {', '.join(OPS)}")
-    if not set(names) - {"none"}:
-        raise ValueError("no operation but none: give one or more to search")
-    return names
 
 
 class Network(nn.Module):
@@ -556,7 +548,10 @@ class Network(nn.Module):
             raise ValueError(f"stem={stem!r}: give 'cifar' or 'imagenet'")
         if sampling not in SAMPLINGS:
             raise ValueError(f"sampling={sampling!r}: give one of {', '.join(SAMPLINGS)}")
-        self.primitives = check_primitives(primitives or PRIMITIVES)
+        unknown = [name for name in primitives or () if name not in OPS]
+        if unknown:
+            raise ValueError(f"unknown operation {unknown[0]!r}: give some of {', '.join(OPS)}")
+        self.primitives = list(primitives or PRIMITIVES)
         self._arguments = dict(
             C=C, num_classes=num_classes, layers=layers, criterion=criterion,
             steps=steps, multiplier=multiplier, stem_multiplier=stem_multiplier,
@@ -761,3 +756,36 @@ class Network(nn.Module):
         for tensor in self.arch_parameters():  # which `assign` replaces by what requires none
             tensor.requires_grad_()
         return keys
+
+
+def get_args():
+    parser = utils.Parser("What the supernet costs, for each K, before a search.")
+    add = parser.add_argument
+    add("--init_channels", type=utils.count, default=16, help="channels C of the first cell")
+    add("--num_classes", type=utils.count, default=10, help="outputs")
+    add("--layers", type=utils.depth, default=8, help="cells")
+    add("--steps", type=utils.count, default=4, help="nodes of a cell")
+    add("--input_size", type=utils.count, default=32, help="side of the images in pixels")
+    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
+    add("--recompute", action="store_true", help="as of train_search.py")
+    return parser.parse_args()
+
+
+def main(args):
+    """A table; K that do not divide C into even numbers are left out."""
+    with utils.user_errors(ValueError):
+        print("| K | weights (M) | kept for the backward pass, per image (MB) |\n|---|---|---|")
+        for k in (1, 2, 4, 8, 16):
+            if args.init_channels % (2 * k):
+                continue
+            network = Network(
+                args.init_channels, args.num_classes, args.layers, None, steps=args.steps,
+                multiplier=args.steps, k=k, stem=args.stem, recompute=args.recompute,
+            )  # fmt: skip
+            kept = measure.kept_per_image(network, args.input_size)
+            weights = sum(weight.numel() for weight in network.weights())
+            print(f"| {k} | {weights / 1e6:.3f} | {kept / 1e6:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args)

@@ -1,7 +1,6 @@
 """A run: its folder, what it was started with, its checkpoints, and how it ends and goes on."""
 
 import contextlib
-import csv
 import fcntl
 import json
 import os
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from operations import OPS
 from utils import FORMAT, UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
+RECORDS = ("metrics.csv", "genotypes.jsonl")  # a checkpoint holds them as they were
 
 
 class Run:
@@ -59,7 +60,7 @@ class Run:
         elif distributed.is_main():
             utils.write_args(self.folder, args, device=utils.describe(device), **_code(), **about)
             if genotype is not None:
-                genotypes.save(genotype, self.folder / "genotype.json")
+                utils.write(self.folder / "genotype.json", genotypes.to_json(genotype).encode())
             _copy_scripts(self.folder / "scripts")
         if not self.resumed:
             torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
@@ -82,19 +83,22 @@ class Run:
             raise UserError(f"{self.folder} is in use by another process: wait for it") from None
 
     def _restore(self, state, args):
-        for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
-            path.unlink(missing_ok=True)
+        if distributed.is_main():
+            for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+                path.unlink(missing_ok=True)
         before, now = utils.read_args(self.folder).get("torch"), torch.__version__
         if before != now:
             self.log.info("this is torch %s, the run began with %s: bits may differ", now, before)
+        if state is None and (self.folder / "weights.pt").exists():
+            raise UserError(f"{self.folder} has weights.pt and no checkpoint: begin a new run")
         if state is None:
             self.log.info("resumed %s: no checkpoint yet, from the beginning", self.folder)
-            state = {"epoch": 0, "unfinished": None}
+            state = {"records": {}}
             torch.manual_seed(args.seed + distributed.rank())
         else:
             self._load(state, args)
         if distributed.is_main():
-            keep_epochs(self.folder, self.epoch)
+            _write_records(self.folder, state["records"])
         if self.finished(args):
             self.log.info("resumed %s, which is finished: nothing is left to do", self.folder)
         elif self.epoch or self.unfinished:
@@ -129,6 +133,7 @@ class Run:
                 part.load_state_dict(state[name])
             if unfinished is not None:
                 unfinished = {name: unfinished[name] for name in ("step", "seconds", "each")}
+            _check_records(state["records"])
             generators = state["generators"]
             if len(generators) == distributed.world_size():
                 _set_generators(generators[distributed.rank()], self.device)
@@ -143,10 +148,15 @@ class Run:
                 "restore what was changed, or begin a new run"
             ) from None
         self.epoch, self.unfinished = epoch, unfinished
+        # As in a run that ended between the last step of an epoch and the scheduler's.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
     def finished(self, args):
         """Whether nothing is left to do."""
-        return self.epoch == args.epochs and (self.folder / "weights.pt").exists()
+        path = self.folder / "weights.pt"
+        with contextlib.suppress(OSError, zipfile.BadZipFile, ValueError):
+            return self.epoch == args.epochs and utils.is_whole(path)
+        return False
 
     def _signalled(self, number, frame):
         if self.signal:
@@ -224,6 +234,8 @@ class Run:
         state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "args": self.args}
         state |= {"genotype": self.genotype, "epoch": self.epoch, "unfinished": unfinished}
         state |= {"values": self.values, "generators": generators}
+        state["records"] = {name: path.read_text() for name in RECORDS
+                            if (path := self.folder / name).exists()}  # fmt: skip
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         for name, tensor in state["model"].items():
             if not torch.isfinite(tensor).all():
@@ -253,10 +265,10 @@ def load_checkpoint(folder, log):
         if not path.exists():
             continue
         try:
-            if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is not None:
+            if not utils.is_whole(path):
                 raise UserError(f"{path} is damaged")
             state = utils.load(path)
-        except (UserError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # whatever zipfile makes of damage
             failed = failed or error
             log.info("%s cannot be used (%s)", path, " ".join(str(error).split()))
             continue
@@ -266,30 +278,26 @@ def load_checkpoint(folder, log):
             raise UserError(f"{path} is of another version of this code: use that one")
         if path.name == PREVIOUS:
             log.info("going on from the one before, %s", path)
+            if distributed.is_main():  # or it would take the place of the one before
+                (folder / CHECKPOINT).unlink(missing_ok=True)
         return state
     if failed:
         raise UserError(f"no checkpoint in {folder} can be used: begin a new run")
     return None
 
 
-def keep_epochs(folder, epochs):
-    """Takes the rows of later epochs out of metrics.csv and genotypes.jsonl, before a resume."""
-    for name, number in (
-        ("metrics.csv", lambda line: next(csv.reader([line]))[0]),
-        ("genotypes.jsonl", lambda line: json.loads(line)["epoch"]),
-    ):
-        path = folder / name
-        if not path.exists():
-            continue
-        lines = path.read_text().splitlines(keepends=True)
-        header = lines[: name == "metrics.csv"]
-        kept = []
-        for line in lines[len(header) :]:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
-                if line.endswith("\n") and int(number(line)) <= epochs:
-                    kept.append(line)
-        if kept or header:
-            utils.write(path, "".join(header + kept).encode())
+def _check_records(records):
+    if not all(name in RECORDS and isinstance(text, str) for name, text in records.items()):
+        raise TypeError("records")
+
+
+def _write_records(folder, records):
+    """metrics.csv and genotypes.jsonl as they were: no row twice, none that a kill has cut."""
+    for name in RECORDS:
+        if name in records:
+            utils.write(folder / name, records[name].encode())
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _generators(device):

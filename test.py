@@ -17,11 +17,11 @@ import engine
 import genotypes
 import imagenet
 import utils
-from model import NetworkCIFAR, NetworkImageNet
+from model import build
 from operations import OPS
 
 # Flags of the run that made the weights: the defaults of this one.
-INHERITED = ("data", "set", "input_size", "init_channels", "layers", "auxiliary")
+INHERITED = ("data", "set", "input_size", "init_channels", "layers", "stem", "auxiliary")
 
 
 def get_args():
@@ -32,6 +32,7 @@ def get_args():
     add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
     add("--layers", type=utils.depth, default=20, help="cells")
+    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
     add("--workers", type=utils.natural, default=4, help="processes that read ImageNet's images")
     given = parser.parse_args()
@@ -76,10 +77,10 @@ def main(args):
     test, classes, size = test_images(args, about, device)
     if about.get("classes", classes) != classes:
         raise utils.UserError(f"{args.data} has other classes than {folder} learned: give its data")
-    kind = NetworkImageNet if args.set == "imagenet" else NetworkCIFAR
+    stem = "imagenet" if args.set == "imagenet" else args.stem
     outputs = about.get("args", {}).get("classes") or len(classes)
     with utils.user_errors(ValueError):
-        model = kind(args.init_channels, outputs, args.layers, args.auxiliary, genotype)
+        model = build(genotype, args.init_channels, outputs, args.layers, stem, args.auxiliary)
         engine.check_size(model.eval(), size)
     utils.load_weights(model, state, path)
     figures = engine.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)

@@ -17,7 +17,7 @@ import data
 import engine
 import genotypes
 import utils
-from model import NetworkCIFAR
+from model import build
 from runs import Run, load_genotype
 
 
@@ -29,6 +29,7 @@ def get_args():
     add("--epochs", type=utils.count, default=600, help="epochs of the training images")
     add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
     add("--layers", type=utils.depth, default=20, help="cells")
+    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
     add("--auxiliary_weight", type=utils.non_negative, default=0.4, help="of its loss")
     add("--drop_path_prob", type=utils.fraction, default=0.3, help="at the end; grows from 0")
@@ -49,7 +50,7 @@ def main(args):
     device = utils.choose_device(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
-    dataset = data.load(args.set, args.data, args.input_size)
+    dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
     size = dataset.train.images.shape[1]
     train = data.Batches(
         dataset.train, dataset, args.batch_size, device, augment=True, shuffle=True,
@@ -61,9 +62,10 @@ def main(args):
 
     criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
-        model = NetworkCIFAR(
-            args.init_channels, len(dataset.classes), args.layers, args.auxiliary, genotype
-        )
+        model = build(
+            genotype, args.init_channels, len(dataset.classes), args.layers, args.stem,
+            args.auxiliary,
+        )  # fmt: skip
         engine.check_size(model, size)
     model.to(device)
     optimizer = torch.optim.SGD(
@@ -88,6 +90,8 @@ def main(args):
     )  # fmt: skip
     log.info("network: %.6f M parameters", utils.count_parameters_in_MB(model))
     log.info("genotype = %s", genotypes.text(genotype))
+    log.info("images of a class: %d to %d in training", *data.counts(dataset.train))
+    utils.advise(log, args, 96, 0.025)
 
     for epoch in range(run.epoch, args.epochs):
         model.drop_path_prob = args.drop_path_prob * epoch / args.epochs

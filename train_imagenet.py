@@ -93,6 +93,7 @@ def main(args):
         utils.count_parameters_in_MB(network), *macs,
     )  # fmt: skip
     log.info("genotype = %s", genotypes.text(genotype))
+    utils.advise(log, args, 1024, 0.5)
 
     for epoch in range(run.epoch, args.epochs):
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
@@ -108,6 +109,7 @@ def main(args):
             report(run, args, lr, figures, tested)
             if best[1] == epoch + 1:
                 utils.save(network.state_dict(), folder / "model_best.pt")
+        tested = {name: tested[name] for name in ("loss", "top1", "top5")}
         run.epoch_done(best=best, tested=tested)
 
     if is_main():

@@ -10,6 +10,7 @@ validation half, and the weights on one of the training half. Prints the genotyp
 """
 
 import shlex
+import sys
 
 import numpy as np
 import torch
@@ -19,10 +20,17 @@ import data
 import engine
 import genotypes
 import utils
-from architect import Architect, Gradients
+from architect import Architect, Gradients, dominant_eigenvalue
 from model import derived_cost
 from model_search import Network
 from runs import Run
+
+DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, arch_learning_rate=3e-4)
+DARTS["begin"] = 0
+
+
+def flags_of(defaults):
+    return " ".join(f"--{k}" + ("" if v is True else f" {v}") for k, v in defaults.items())
 
 
 def get_args():
@@ -35,7 +43,7 @@ def get_args():
     add("--init_channels", type=utils.count, default=16, help="channels C of the first cell")
     add("--layers", type=utils.depth, default=8, help="cells")
     add("--k", type=utils.count, default=4, help="1/k of the channels go through the operations")
-    add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
+    utils.add_variant_arguments(parser)
     add("--learning_rate", type=utils.positive, default=0.1, help="of the weights, at first")
     add("--learning_rate_min", type=utils.non_negative, default=0.0, help="and at last (cosine)")
     add("--momentum", type=utils.fraction, default=0.9, help="of the weights' SGD")
@@ -50,8 +58,14 @@ def get_args():
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
     add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
+    add(
+        "--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth in size"
+    )
+    add("--darts", action="store_true", help="the defaults of DARTS: " + flags_of(DARTS))
     add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
     utils.add_run_arguments(parser)
+    if "--darts" in sys.argv[1:]:
+        parser.set_defaults(**DARTS)
     return utils.parse_args(parser)
 
 
@@ -59,7 +73,7 @@ def main(args):
     device = utils.choose_device(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
-    dataset = data.load(args.set, args.data, args.input_size)
+    dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
     train_half, valid_half = data.halves(dataset.train, args.train_portion)
     common = dict(dataset=dataset, batch_size=args.batch_size, device=device)
     search = dict(augment=True, shuffle=True, cutout_length=args.cutout_length * args.cutout)
@@ -70,8 +84,8 @@ def main(args):
     criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
         model = Network(
-            args.init_channels, len(dataset.classes), args.layers, criterion,
-            k=args.k, edge_norm=not args.no_edge_norm, recompute=args.recompute,
+            args.init_channels, len(dataset.classes), args.layers, criterion, **variant(args),
+            stem=args.stem,
         ).to(device)  # fmt: skip
         engine.check_size(model, dataset.train.images.shape[1])
     optimizer = torch.optim.SGD(
@@ -88,7 +102,7 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
-    about = dict(classes=dataset.classes, primitives=genotypes.PRIMITIVES)
+    about = dict(classes=dataset.classes, primitives=model.primitives)
     run = Run("search", args, device, parts, **about)
     if run.finished(args):
         return
@@ -98,7 +112,10 @@ def main(args):
         args.set, len(dataset.classes), *(len(half.labels) for half in (train_half, valid_half)),
         *train_half.images.shape[1:3],
     )  # fmt: skip
+    log.info("images of a class: %d to %d in the training half", *data.counts(train_half))
     introduce(log, args, model)
+    if not args.darts:
+        utils.advise(log, args, 256, 0.1)
 
     batches = valid.forever()
     for epoch in range(run.epoch, args.epochs):
@@ -108,7 +125,7 @@ def main(args):
             train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
         scheduler.step()
-        report(run, args, lr, figures, model)
+        report(run, args, lr, figures, model, held_out)
         run.epoch_done()
 
     figures = engine.evaluate(held_out, model, criterion, args, log, run)
@@ -118,12 +135,24 @@ def main(args):
         figures["top1"],
         figures["loss"],
     )
-    genotype = model.genotype()
-    genotypes.save(genotype, folder / "genotype.json")
+    genotype = model.genotype(args.max_skip)
+    genotypes.save(genotype, folder / "genotype.json", model.primitives)
     utils.save(model.state_dict(), folder / "weights.pt")
     log.info("genotype = %s", genotypes.text(genotype))
     flags = recipe(args, train_half)
     log.info("train it: python train.py --arch %s%s", shlex.quote(str(folder)), flags)
+
+
+def variant(args):
+    """The arguments of the supernet that its variants differ in."""
+    names = args.primitives and args.primitives.split(",")
+    if names and (len(set(names)) < len(names) or set(names) == {"none"}):
+        raise utils.UserError(f"--primitives {args.primitives}: give each once, and more than none")
+    return dict(
+        k=args.k, edge_norm=not args.no_edge_norm, steps=args.steps, multiplier=args.steps,
+        sampling=args.sampling, primitives=names,
+        recompute=args.recompute,
+    )  # fmt: skip
 
 
 def recipe(args, images):
@@ -148,9 +177,12 @@ def introduce(log, args, model):
         )  # fmt: skip
 
 
-def report(run, args, lr, figures, model, imagenet=False):
-    """What an epoch gave, in the log and the run's files; the genotype is that after the epoch."""
-    genotype, epoch = model.genotype(), run.epoch
+def report(run, args, lr, figures, model, held_out, imagenet=False):
+    """What an epoch gave, in the log and the run's files; the genotype is that after the epoch.
+
+    held_out: a loader of validation images, for --eigenvalue.
+    """
+    genotype, epoch = model.genotype(args.max_skip), run.epoch
     skips = genotypes.skip_connects(genotype)
     state = f"frozen for the first {args.begin} epochs" if epoch < args.begin else "learning"
     run.log.info(
@@ -167,6 +199,11 @@ def report(run, args, lr, figures, model, imagenet=False):
         "parameters_m": parameters / 1e6, "multiply_adds_m": multiply_adds / 1e6,
     }  # fmt: skip
     cell = {name: list(value) for name, value in genotype._asdict().items()}
+    if args.eigenvalue:
+        row["eigenvalue"] = float("nan")
+        if (epoch + 1) % args.eigenvalue == 0:
+            row["eigenvalue"] = dominant_eigenvalue(model, *next(iter(held_out)))
+            run.log.info("largest eigenvalue of the Hessian in alpha: %.4f", row["eigenvalue"])
     softmaxes = {
         f"softmax_{name}": np.round(p.double().numpy(), 6).tolist()
         for name, p in model.softmaxes().items()

@@ -25,7 +25,7 @@ from architect import Architect, Gradients
 from distributed import is_main
 from model_search import Network
 from runs import Run
-from train_search import introduce, report
+from train_search import introduce, report, variant
 
 
 def get_args():
@@ -35,7 +35,7 @@ def get_args():
     add("--split", metavar="FILE", help="list of files of an earlier search, or its folder")
     add("--begin", type=utils.natural, default=35, help="epochs before alphas and betas move")
     add("--k", type=utils.count, default=2, help="1/k of the channels go through the operations")
-    add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
+    utils.add_variant_arguments(parser)
     add("--learning_rate_min", type=utils.non_negative, default=0.0, help="and at last (cosine)")
     add("--weight_decay", type=utils.non_negative, default=3e-4, help="of the weights' SGD")
     add("--arch_learning_rate", type=utils.positive, default=6e-3, help="of alphas and betas")
@@ -72,8 +72,8 @@ def main(args):
     criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
         model = Network(
-            args.init_channels, len(parts[0].classes), args.layers, criterion, k=args.k,
-            edge_norm=not args.no_edge_norm, stem="imagenet", recompute=args.recompute,
+            args.init_channels, len(parts[0].classes), args.layers, criterion, **variant(args),
+            stem="imagenet",
         )  # fmt: skip
         fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
         engine.check_size(model, args.input_size, fewest, multiple=32)
@@ -92,7 +92,7 @@ def main(args):
 
     kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     kept |= {"loader": train, "valid_loader": valid}
-    about = dict(classes=parts[0].classes, primitives=genotypes.PRIMITIVES)
+    about = dict(classes=parts[0].classes, primitives=model.primitives)
     run = Run("search", args, device, kept, **about)
     if run.finished(args):
         return
@@ -109,6 +109,7 @@ def main(args):
     if gpus > 1 and distributed.world_size() == 1:
         log.info("%d GPUs are here; torchrun --nproc_per_node %d uses all of them", gpus, gpus)
     introduce(log, args, model)
+    utils.advise(log, args, 1024, 0.5)
 
     batches = valid.forever()
     for epoch in range(run.epoch, args.epochs):
@@ -123,7 +124,7 @@ def main(args):
         )
         distributed.check_equal(model.arch_parameters(), "alphas and betas")
         distributed.broadcast(model.buffers())
-        report(run, args, lr, figures, model, imagenet=True)
+        report(run, args, lr, figures, model, held_out, imagenet=True)
         run.epoch_done()
 
     figures = engine.evaluate(held_out, model, criterion, args, log, run)
@@ -133,9 +134,9 @@ def main(args):
         figures["top1"],
         figures["loss"],
     )
-    genotype = model.genotype()
+    genotype = model.genotype(args.max_skip)
     if is_main():
-        genotypes.save(genotype, folder / "genotype.json")
+        genotypes.save(genotype, folder / "genotype.json", model.primitives)
         utils.save(model.state_dict(), folder / "weights.pt")
     log.info("genotype = %s", genotypes.text(genotype))
     log.info(

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import importlib
 import io
 import json
@@ -15,6 +16,7 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,8 @@ def user_errors(*kinds):
 def run(main, get_args):
     """main(get_args()) as a script: a UserError is one line and exit code 2, an interrupt 130."""
     args = None
+    for name in ("stdout", "stderr"):  # closed by who started this
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     try:
         args = get_args()
         main(args)
@@ -126,6 +130,16 @@ fraction = number(float, 0, 1)
 depth = number(int, 1, 1000)
 
 
+def colour(text):
+    """An argparse type: three numbers from 0 to 1, the text as it is."""
+    values = [fraction(value) for value in text.split(",")]
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(
+            f"{text[:50]!r} must be three numbers, such as 0.5,0.5,0.5"
+        )
+    return text
+
+
 def add_common_arguments(parser, batch_size):
     """The flags that all scripts on CIFAR-size images share; sets are named by data.SETS."""
     add = parser.add_argument
@@ -133,6 +147,8 @@ def add_common_arguments(parser, batch_size):
     add("--set", default="cifar10", help="cifar10, cifar100, folder or digits (needs no files)")
     add("--input_size", type=count, help="side of the images in pixels; None: the set's own")
     add("--batch_size", type=count, default=batch_size, help="images in a step")
+    add("--mean", type=colour, metavar="R,G,B", help="of all pixels, 0..1; None: CIFAR's, computed")
+    add("--std", type=colour, metavar="R,G,B", help="as --mean")
     add("--gpu", type=natural, default=0, help="which GPU, where there is one")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
     add("--report_freq", type=count, default=50, help="steps between two lines of progress")
@@ -174,6 +190,21 @@ def add_run_arguments(parser):
     )
 
 
+def add_variant_arguments(parser):
+    """The flags of the searches' variants."""
+    add = parser.add_argument
+    add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
+    add("--sampling", default="shuffle", choices=["shuffle", "shift", "random"],
+        help="of the channels that the operations of the next node take")  # fmt: skip
+    add(
+        "--primitives", metavar="OP,OP,...", help="operations to search; None: genotypes.PRIMITIVES"
+    )
+    add("--steps", type=number(int, 1, 100), default=4, help="nodes of a cell")
+    add("--max_skip", type=natural, help="skip_connects of the normal cell at most (P-DARTS)")
+    add("--eigenvalue", type=count, metavar="N",
+        help="each N epochs the largest of the loss's Hessian in alpha")  # fmt: skip
+
+
 # What a resumed run may be given anew: where and how it runs, not what it computes.
 FREE = ("device", "gpu", "workers", "report_freq", "save_every", "detect_anomaly", "resume")
 FREE += ("report", "tensorboard", "data", "tmp_data_dir")  # which may have moved
@@ -207,7 +238,8 @@ def parse_args(parser):
             )
     for name, value in stored.items():  # as text, so that argparse checks them as a user's
         flag = isinstance(getattr(args, name), bool)
-        if flag != isinstance(value, bool):
+        empty = value is None and parser.get_default(name) is not None
+        if flag != isinstance(value, bool) or (empty and name not in FREE):
             raise UserError(f"{args.resume}/args.json is damaged: {name} is {str(value)[:50]!r}")
         parser.set_defaults(**{name: value if flag or value is None else str(value)})
     free = {name: vars(given)[name] for name in FREE if name in stored}
@@ -238,6 +270,16 @@ def need(what, packages):
             name = package.split(".")[-1]
             hint = f"pip install {name}, or all of requirements-viz.txt"
             raise UserError(f"{what} needs {name}: {hint}") from None
+
+
+def advise(log, args, batch_size, learning_rate):
+    """A warning where --batch_size is not the published one and --learning_rate does not follow."""
+    scaled = learning_rate * args.batch_size / batch_size
+    if args.batch_size != batch_size and abs(args.learning_rate / scaled - 1) > 0.01:
+        log.info(
+            "--batch_size %d is not the published %d: in proportion --learning_rate is %g, not %g",
+            args.batch_size, batch_size, scaled, args.learning_rate,
+        )  # fmt: skip
 
 
 def choose_device(args):
@@ -410,10 +452,9 @@ def read_args(folder):
 
 def append_csv(path, row):
     """Appends a dict as a row; a new file begins with the names."""
-    new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
 
@@ -432,7 +473,18 @@ def save(state, path, previous=None):
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getbuffer(), previous)
+    content = buffer.getvalue()
+    # A zip file ends with a comment and, before it, its length: none here. Ours is a checksum.
+    write(path, content[:-2] + b"\x20\0" + hashlib.sha256(content).digest(), previous)
+
+
+def is_whole(path):
+    """Whether every byte of a file of `save` or torch.save is as it was written."""
+    content = path.read_bytes()
+    if content[-22:-18] == b"PK\5\6" and content[-2:] == b"\0\0":  # of torch.save: no comment
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    return hashlib.sha256(content[:-34] + b"\0\0").digest() == content[-32:]
 
 
 def write(path, content, previous=None):

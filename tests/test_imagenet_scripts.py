@@ -256,7 +256,7 @@ def test_a_resume_with_other_data_or_arguments(cwd, tmp_path, monkeypatch):
     about = json.loads((folder / "args.json").read_text())
     for change, word in (
         ({"classes": ["ant", "bee", "owl"]}, "other classes"),
-        ({"args": about["args"] | {"init_channels": 16}}, "does not fit"),
+        ({"args": about["args"] | {"init_channels": 16}}, "init_channels 8"),
         ({"args": about["args"] | {"epochs": 0}}, "--epochs"),
         ({"args": about["args"] | {"auxiliary": "yes"}}, "damaged"),
         ({"args": about["args"] | {"new_flag": 1}}, "new_flag"),

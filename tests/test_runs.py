@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import genotypes
-import runs
 import utils
 from engine import Figures
 from test_bad_inputs import Hostile
@@ -147,7 +146,8 @@ def assert_same(one, other, where):
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for name in one:
-            if name not in ("seconds", "images_per_second", "memory_mib"):
+            # What the clock and the machine say, and args with the name of the folder.
+            if name not in ("seconds", "images_per_second", "memory_mib", "args", "records"):
                 assert_same(one[name], other[name], f"{where} {name}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), where
@@ -319,15 +319,96 @@ def test_a_hostile_checkpoint_runs_no_code(whole, tmp_path):
     assert "no checkpoint in" in output and not (tmp_path / "hacked").exists()
 
 
-def test_rows_of_epochs_after_the_checkpoint_are_taken_out(tmp_path):
-    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 1, "loss": 2.0})
-    kept = (tmp_path / "metrics.csv").read_text()
-    utils.append_csv(tmp_path / "metrics.csv", {"epoch": 2, "loss": 1.0})
-    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 1})
-    utils.append_jsonl(tmp_path / "genotypes.jsonl", {"epoch": 2})
-    with (tmp_path / "genotypes.jsonl").open("a") as file:
-        file.write('{"epoch": 1, "nor')  # cut by a kill
-    runs.keep_epochs(tmp_path, 1)
-    assert (tmp_path / "metrics.csv").read_text() == kept
-    assert (tmp_path / "genotypes.jsonl").read_text() == '{"epoch": 1}\n'
-    assert len(list(tmp_path.iterdir())) == 2
+@pytest.mark.parametrize("damage", ["later rows", "cut", "empty", "gone", "binary"])
+def test_records_are_written_again_as_the_checkpoint_has_them(whole, tmp_path, damage):
+    """Rows of epochs after the checkpoint go, rows that a kill has cut or lost come back."""
+    folder = tmp_path / "run"
+    shutil.copytree(only(whole, "search-whole-*"), folder)
+    for name, text in (("metrics.csv", "4,0.5"), ("genotypes.jsonl", '{"epoch": 4, "nor')):
+        path = folder / name
+        if damage == "later rows":
+            path.write_text(path.read_text() + text)
+        elif damage == "cut":
+            path.write_text(path.read_text()[:-30])
+        elif damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"" if damage == "empty" else b"\xff\0\xfe" * 99)
+    run(f"train_search.py --resume {folder}", tmp_path)
+    for name in ("metrics.csv", "genotypes.jsonl"):
+        assert (folder / name).read_text() == (only(whole, "search-whole-*") / name).read_text()
+
+
+def test_every_byte_of_a_checkpoint_is_checked(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    utils.save({"x": torch.arange(9.0), "epoch": 3}, path)
+    assert utils.is_whole(path) and utils.load(path)["epoch"] == 3
+    content = path.read_bytes()
+    draw = random.Random(0)
+    places = [*range(0, 200), *range(len(content) - 200, len(content))]
+    for place in [*places, *draw.sample(range(len(content)), 100)]:
+        changed = bytearray(content)
+        changed[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        # But for the length of the comment, in which nothing is kept.
+        assert not utils.is_whole(path) or len(content) - place in (33, 34), place
+    for length in (0, 1, 33, 34, 60, len(content) - 32, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert not utils.is_whole(path)
+    torch.save({"x": torch.arange(9.0)}, path)  # a foreign file, by its own checksums
+    assert utils.is_whole(path)
+    content = path.read_bytes()
+    place = content.index(torch.arange(9.0).numpy().tobytes())
+    path.write_bytes(content[:place] + b"\1" + content[place + 1 :])
+    assert not utils.is_whole(path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path):
+    for name, seed in (("one", 5), ("two", 6)):
+        run(f"{TRAIN} --save {name} --seed {seed} --epochs 1", tmp_path)
+    one, two = only(tmp_path, "eval-one-*"), only(tmp_path, "eval-two-*")
+    shutil.copy(two / "checkpoint.pt", one)
+    output = run(f"train.py --resume {one}", tmp_path, 2)
+    assert "seed 6" in output and "one with 5" in output and output.count("\n") == 1
+    genotypes.save(genotypes.DARTS_V2, two / "genotype.json")
+    output = run(f"train.py --resume {two}", tmp_path, 2)
+    assert "genotype.json of" in output and output.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(only(whole, "eval-whole-*"), folder)
+    (folder / "weights.pt").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+    before = (folder / "checkpoint.prev.pt").read_bytes()
+    process = Script(f"train.py --resume {folder} --save_every 60", tmp_path)
+    assert process.wait_for("going on from the one before")
+    process.end(signal.SIGKILL)
+    assert not (folder / "checkpoint.pt").exists() or utils.is_whole(folder / "checkpoint.pt")
+    assert (folder / "checkpoint.prev.pt").read_bytes() == before
+
+
+def test_weights_that_are_cut_are_written_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(only(whole, "eval-whole-*"), folder)
+    path = folder / "weights.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    output = run(f"train.py --resume {folder}", tmp_path)
+    assert "nothing is left" not in output
+    assert_same_end(only(whole, "eval-whole-*"), folder)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (folder / name).unlink()
+    assert "no checkpoint" in run(f"train.py --resume {folder}", tmp_path, 2)
+
+
+def test_streams_that_are_closed(tmp_path):
+    """As some schedulers start a run; a signal still saves."""
+    command = f"exec {sys.executable} {ROOT}/{TRAIN} --save mute --epochs 99 >&- 2>&-"
+    process = subprocess.Popen(["bash", "-c", command], cwd=tmp_path)
+    for _ in range(600):
+        if list(tmp_path.glob("eval-mute-*/checkpoint.pt")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert "SIGTERM: saved" in (only(tmp_path, "eval-mute-*") / "log.txt").read_text()

@@ -15,9 +15,10 @@ from operations import OPS, FactorizedReduce, ReLUConvBN
 class MixedOp(nn.Module):
     """One edge: softmax(alpha)-weighted ops on C/K channels, the others pass by (eq. 2)."""
 
-    def __init__(self, C, stride, k):
+    def __init__(self, C, stride, k, sampling="shuffle"):
         super().__init__()
-        self.k, self.stride = k, stride
+        self.k, self.stride, self.sampling = k, stride, sampling
+        self.drawn = torch.arange(C // k)  # the channels of the operations, where they are random
         self._ops = nn.ModuleList()
         for name in PRIMITIVES:
             op = OPS[name](C // k, stride, False)
@@ -27,17 +28,25 @@ class MixedOp(nn.Module):
 
     def forward(self, x, weights):
         c = x.shape[1] // self.k
+        if self.sampling == "random":
+            out = x.clone() if self.stride == 1 else F.max_pool2d(x, 2, 2)
+            x = x[:, self.drawn]
+            out[:, self.drawn] = sum(w * op(x) for w, op in zip(weights, self._ops, strict=True))
+            return out
         mixed = sum(w * op(x[:, :c]) for w, op in zip(weights, self._ops, strict=True))
         if self.k == 1:
             return mixed
         bypass = x[:, c:] if self.stride == 1 else F.max_pool2d(x[:, c:], 2, 2)
-        return F.channel_shuffle(torch.cat([mixed, bypass], dim=1), self.k)
+        out = torch.cat([mixed, bypass], dim=1)
+        return out.roll(-c, 1) if self.sampling == "shift" else F.channel_shuffle(out, self.k)
 
 
 class Cell(nn.Module):
     """Each node is the softmax(beta)-weighted sum of the edges from all before it (eq. 3)."""
 
-    def __init__(self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, k):
+    def __init__(
+        self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, k, sampling
+    ):
         super().__init__()
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
@@ -46,7 +55,7 @@ class Cell(nn.Module):
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self.steps, self.multiplier = steps, multiplier
         self._ops = nn.ModuleList(
-            MixedOp(C, 2 if reduction and j < 2 else 1, k)
+            MixedOp(C, 2 if reduction and j < 2 else 1, k, sampling)
             for i in range(steps)
             for j in range(2 + i)
         )
@@ -76,7 +85,7 @@ def half(C_in, C_out):
 class Network(nn.Module):
     def __init__(
         self, C, num_classes, layers, criterion, steps=4, multiplier=4, stem_multiplier=3,
-        k=4, edge_norm=True, stem="cifar",
+        k=4, edge_norm=True, stem="cifar", sampling="shuffle",
     ):  # fmt: skip
         super().__init__()
         self.criterion, self.edge_norm, self.steps = criterion, edge_norm, steps
@@ -93,8 +102,11 @@ class Network(nn.Module):
         for reduction in self.reductions:
             C_curr *= 2 if reduction else 1
             self.cells.append(
-                Cell(steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev, k)
-            )
+                Cell(
+                    steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev, k,
+                    sampling,
+                )
+            )  # fmt: skip
             reduction_prev = reduction
             C_prev_prev, C_prev = C_prev, multiplier * C_curr
         self.classifier = nn.Linear(C_prev, num_classes)
