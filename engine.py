@@ -1,6 +1,5 @@
 """The loops, each once: search an epoch, train an epoch, evaluate."""
 
-import copy
 import math
 import time
 
@@ -205,22 +204,3 @@ def learning_rate(epoch, epochs, base, schedule, warm_up, last=0.0):
     if epochs <= 5:  # README, difference 14
         return base * left / epochs
     return base * (left - 5) / (epochs - 5) if left > 5 else base * left / ((epochs - 5) * 5)
-
-
-def check_size(model, size, images=2, multiple=4):
-    """Raises ValueError where `model`, in its mode, cannot read images of size x size.
-
-    images: the fewest in a step. multiple: that of a size which fits, for the message.
-    """
-    on_paper = copy.deepcopy(model).to("meta")  # shapes alone, nothing is computed
-    try:
-        on_paper(torch.empty(images, 3, size, size, device="meta"))
-    except ValueError as error:
-        if "halved" in str(error):
-            raise ValueError(f"{error} (--input_size in steps of {multiple} fits)") from None
-        if "more than 1 value per channel" in str(error):
-            raise ValueError(
-                f"a step of {images} image of {size} x {size} pixels is too small for batch norm: "
-                "give a larger --input_size, or another --batch_size"
-            ) from None
-        raise

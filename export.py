@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import genotypes
+import measure
 import utils
 from model import build
 from operations import OPS
@@ -44,7 +45,7 @@ class Logits(nn.Module):
 
 
 def main(args):
-    utils.need("export", ["onnx", "onnxscript", "onnxruntime"])
+    utils.need("export", ["onnx", "onnxscript", "onnxruntime"], "requirements-export.txt")
     folder = Path(args.run)
     network, size = load(folder)
     out = Path(args.out or folder).expanduser()
@@ -81,15 +82,15 @@ def load(folder):
     imagenet = about["script"] == "train_imagenet"
     stem = "imagenet" if imagenet else args.get("stem", "cifar")
     side = args.get("input_size") or (16 if args.get("set") == "digits" else 32)
-    with utils.user_errors(genotypes.GenotypeError, ValueError, KeyError, TypeError):
-        genotype = genotypes.load(folder, OPS)
-        outputs = args.get("classes") or len(classes)
-        network = build(genotype, args["init_channels"], outputs, args["layers"], stem=stem,
-                        auxiliary=args["auxiliary"])  # fmt: skip
-    path = folder / "weights.pt"
+    sizes = [args.get("init_channels"), args.get("classes") or len(classes), args.get("layers")]
+    if not all(type(size) is int and size > 0 for size in (*sizes, side)):
+        raise utils.UserError(f"{folder}/args.json is damaged, in init_channels, layers or sizes")
+    path, auxiliary = folder / "weights.pt", args.get("auxiliary") is True
+    with utils.user_errors(ValueError):  # a GenotypeError too
+        network = build(genotypes.load(folder, OPS), *sizes, stem, auxiliary)
+        measure.check_size(network.eval(), side)
     utils.load_weights(network, utils.load(path), path)
-    if args["auxiliary"]:
-        network.auxiliary_head = None
+    network.auxiliary_head = None
     return Logits(network).eval(), side
 
 

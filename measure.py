@@ -1,11 +1,35 @@
-"""What a forward and a backward pass cost: calls into aten, and bytes kept between the two."""
+"""What a network needs: a size of its images, calls into aten, bytes kept for the backward pass."""
 
+import copy
 from collections import Counter
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def check_size(model, size, images=2):
+    """Raises ValueError where `model`, in its mode, cannot read images of size x size.
+
+    It names the next size that fits. images: the fewest in a step.
+    """
+    on_paper = copy.deepcopy(model).to("meta")  # shapes alone, nothing is computed
+
+    def reason(side):
+        try:
+            on_paper(torch.empty(images, 3, side, side, device="meta"))
+        except ValueError as error:
+            return str(error)
+
+    why = reason(size)
+    if why is None:
+        return
+    if "more than 1 value per channel" in why:
+        why = f"a step of {images} image is too small for batch norm there"
+    fits = (side for side in range(size + 4 - size % 4, size + 257, 4) if reason(side) is None)
+    hint = f"the next size that fits is --input_size {next(fits, size + 256)}"
+    raise ValueError(f"images of {size} x {size}: {why}; {hint}")
 
 
 class _Calls(TorchDispatchMode):

@@ -299,6 +299,7 @@ def main(args):
     with utils.user_errors(ValueError):  # a GenotypeError too
         genotype = genotypes.load(args.arch, OPS)
         network = build(genotype, *sizes, stem, args.auxiliary)
+        measure.check_size(network, side)
         counts = [multiply_adds(network, side, paper=paper) for paper in (False, True)]
     kept = measure.kept_per_image(network, side)
     print(

@@ -773,15 +773,17 @@ def get_args():
 
 def main(args):
     """A table; K that do not divide C into even numbers are left out."""
+    fitting = [k for k in (2, 4, 8, 16) if args.init_channels % (2 * k) == 0]
     with utils.user_errors(ValueError):
-        print("| K | weights (M) | kept for the backward pass, per image (MB) |\n|---|---|---|")
-        for k in (1, 2, 4, 8, 16):
-            if args.init_channels % (2 * k):
-                continue
+        for k in (1, *fitting):
             network = Network(
                 args.init_channels, args.num_classes, args.layers, None, steps=args.steps,
                 multiplier=args.steps, k=k, stem=args.stem, recompute=args.recompute,
             )  # fmt: skip
+            measure.check_size(network, args.input_size)
+            if k == 1:
+                print("| K | weights (M) | kept for the backward pass, per image (MB) |")
+                print("|---|---|---|")
             kept = measure.kept_per_image(network, args.input_size)
             weights = sum(weight.numel() for weight in network.weights())
             print(f"| {k} | {weights / 1e6:.3f} | {kept / 1e6:.1f} |", flush=True)

@@ -16,6 +16,7 @@ import data
 import engine
 import genotypes
 import imagenet
+import measure
 import utils
 from model import build
 from operations import OPS
@@ -81,7 +82,7 @@ def main(args):
     outputs = about.get("args", {}).get("classes") or len(classes)
     with utils.user_errors(ValueError):
         model = build(genotype, args.init_channels, outputs, args.layers, stem, args.auxiliary)
-        engine.check_size(model.eval(), size)
+        measure.check_size(model.eval(), size)
     utils.load_weights(model, state, path)
     figures = engine.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)
     print(

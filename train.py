@@ -16,6 +16,7 @@ from torch import nn
 import data
 import engine
 import genotypes
+import measure
 import utils
 from model import build
 from runs import Run, load_genotype
@@ -66,7 +67,7 @@ def main(args):
             genotype, args.init_channels, len(dataset.classes), args.layers, args.stem,
             args.auxiliary,
         )  # fmt: skip
-        engine.check_size(model, size)
+        measure.check_size(model, size)
     model.to(device)
     optimizer = torch.optim.SGD(
         model.parameters(),

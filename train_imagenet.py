@@ -15,6 +15,7 @@ import distributed
 import engine
 import genotypes
 import imagenet
+import measure
 import utils
 from distributed import is_main
 from model import NetworkImageNet, multiply_adds
@@ -61,7 +62,7 @@ def main(args):
             args.init_channels, args.classes or classes, args.layers, args.auxiliary, genotype
         )
         fewest = 2 if args.sync_bn else train.smallest()
-        engine.check_size(network, args.input_size, fewest, multiple=32)
+        measure.check_size(network, args.input_size, fewest)
     macs = [multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)]
     network.to(device)
     if args.sync_bn:

@@ -19,6 +19,7 @@ from torch import nn
 import data
 import engine
 import genotypes
+import measure
 import utils
 from architect import Architect, Gradients, dominant_eigenvalue
 from model import derived_cost
@@ -87,7 +88,7 @@ def main(args):
             args.init_channels, len(dataset.classes), args.layers, criterion, **variant(args),
             stem=args.stem,
         ).to(device)  # fmt: skip
-        engine.check_size(model, dataset.train.images.shape[1])
+        measure.check_size(model, dataset.train.images.shape[1])
     optimizer = torch.optim.SGD(
         model.weights(),
         args.learning_rate,

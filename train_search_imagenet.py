@@ -20,6 +20,7 @@ import distributed
 import engine
 import genotypes
 import imagenet
+import measure
 import utils
 from architect import Architect, Gradients
 from distributed import is_main
@@ -76,7 +77,7 @@ def main(args):
             stem="imagenet",
         )  # fmt: skip
         fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
-        engine.check_size(model, args.input_size, fewest, multiple=32)
+        measure.check_size(model, args.input_size, fewest)
     model.to(device)
     if args.sync_bn:
         model = distributed.synchronized(model, device)

@@ -261,14 +261,14 @@ def _agreeing(args):
     return args
 
 
-def need(what, packages):
+def need(what, packages, listed="requirements-viz.txt"):
     """Raises UserError where one of the optional packages, that `what` needs, is missing."""
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError:
             name = package.split(".")[-1]
-            hint = f"pip install {name}, or all of requirements-viz.txt"
+            hint = f"pip install {name}, or all of {listed}"
             raise UserError(f"{what} needs {name}: {hint}") from None
 
 

@@ -113,7 +113,7 @@ def place(tmp_path_factory):
         def change(folder):
             about = json.loads((folder / "args.json").read_text())
             for key, value in values.items():
-                (about["args"] if key in about["args"] else about)[key] = value
+                (about if key in about else about["args"])[key] = value
             (folder / "args.json").write_text(json.dumps(about))
 
         return change
@@ -270,6 +270,29 @@ FLAGS = [  # of the wrong type or range, unknown, or against each other
     ("visualize.py eval --animate", "--animate takes a search"),
     ("visualize.py eval search --animate", "--animate takes one run"),
     (f"{SEARCH} --report 0", "--report", "at least 1"),
+    (f"{SEARCH} --primitives none,sep_conv_9x9", "sep_conv_9x9"),
+    (f"{SEARCH} --primitives none", "--primitives"),
+    (f"{SEARCH} --primitives none,none,skip_connect", "--primitives"),
+    (f"{SEARCH} --sampling some", "some", "shuffle"),
+    (f"{SEARCH} --eigenvalue 0", "--eigenvalue"),
+    (f"{SEARCH} --max_skip -1", "--max_skip"),
+    (f"{SEARCH} --mean 0.5", "--mean"),
+    (f"{SEARCH} --mean a,b,c", "--mean"),
+    (f"{SEARCH} --std 0,1,1", "--std"),
+    (f"{SEARCH} --stem imagenet --input_size 8", "8 x 8", "--input_size 32"),
+    (f"{SEARCH} --steps 0", "--steps"),
+    ("train.py --set digits --stem imagenet --input_size 16", "16 x 16", "--input_size 32"),
+    ("model.py --arch nowhere", "nowhere"),
+    ("model.py --set digits", "digits"),
+    ("model.py --layers 0", "--layers"),
+    ("model.py --input_size 2", "2 x 2", "--input_size 4"),
+    ("model.py --auxiliary --input_size 8", "auxiliary", "--input_size 32"),
+    ("model_search.py --layers 1", "layers=1"),
+    ("model_search.py --steps 0", "--steps"),
+    ("model_search.py --init_channels 3", "3 / 1", "even"),
+    ("model_search.py --input_size 3", "3"),
+    ("export.py", "run"),
+    ("export.py eval --batch_size 0", "--batch_size"),
 ]
 GENOTYPES = [
     (["PC_DARTS_cifer"], "PC_DARTS_cifer", "PC_DARTS_cifar"),
@@ -328,6 +351,14 @@ PLACES = [  # folders and images
     ("visualize.py search --out a_file/x", "a_file"),
     ("visualize.py search eval --out /proc/nothing", "/proc/nothing"),
     ("benchmark.py supernet --json nowhere/x.json", "nowhere"),
+    ("export.py nowhere", "no run of train.py"),
+    ("export.py search", "no run of train.py"),
+    ("export.py cut_args", "args.json is damaged"),
+    ("export.py cut_genotype", "no JSON object"),
+    ("export.py layers_a_list", "layers"),
+    ("export.py unfinished", "weights.pt"),
+    ("export.py eval --out a_file", "a_file"),
+    ("export.py eval --out /proc/nothing", "/proc/nothing"),
 ]
 WEIGHTS = [
     (f"{TEST} nowhere.pt", "nowhere"),
@@ -408,6 +439,21 @@ def test_wrong_input(fail, place, case):
     line = fail(*command)
     assert all(word in line for word in words), line
     assert not (place / "hacked").exists()
+
+
+@pytest.mark.parametrize("package, command", [
+    ("matplotlib", "visualize.py PCDARTS"),
+    ("matplotlib", f"{SEARCH} --report 1"),
+    ("tensorboard", "train.py --set digits --tensorboard"),
+    ("onnx", "export.py eval"),
+    ("onnxruntime", "export.py eval"),
+])  # fmt: skip
+def test_a_missing_package(fail, monkeypatch, package, command):
+    for name in [name for name in sys.modules if "tensorboard" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    line = fail(*command.split())
+    assert f"pip install {package}, or all of requirements-" in line
 
 
 @pytest.mark.parametrize(
