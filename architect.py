@@ -211,13 +211,14 @@ class Architect:
             _copy(kept, buffers)
 
 
-def dominant_eigenvalue(model, input, target, iterations=20, step=0.05):
+def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
     """The eigenvalue of largest size of the Hessian of the loss in alpha, by power iteration.
 
     Its growth announces that a search collapses (Zela et al., ICLR 2020, section 4). The product of
-    the Hessian with a unit vector v is the difference of two gradients, at alpha +- step * v: below
-    a step of 0.03 the kinks of ReLU and max pooling swamp it, at 0.03 and 0.1 it is the same to 2 %
-    (default supernet on the digits). With the statistics of the batch; alphas, running statistics and random numbers stay as they are.
+    the Hessian with a unit vector v is the difference of two gradients, at alpha +- step * v. A
+    step below 0.03 sees little but the kinks of ReLU and max pooling: measured on the digits, 0.1
+    and 0.3 agree within 6 % in a trained supernet, within 20 % before. With the statistics of the
+    batch; alphas, running statistics and random numbers stay as they are.
     """
     alphas = [tensor for tensor in model.arch_parameters() if tensor.dim() == 2]
     gradients, training = Gradients(model, graphs=False), model.training
