@@ -87,7 +87,7 @@ def test_no_more_crossings_than_needed(monkeypatch):
         seen.update(order=order, links=links)
         return original(order, links)
 
-    monkeypatch.setattr(visualize, "fewest_crossings", spy)
+    monkeypatch.setattr(drawing, "fewest_crossings", spy)
     for edges in (
         [("a", 0), ("b", 1), ("c", 0), ("d", 1)],
         [("a", 0), ("b", 1), ("c", 0), ("d", 2)],
