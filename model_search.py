@@ -1,8 +1,8 @@
 """The supernet of PC-DARTS (Xu et al., ICLR 2020): MixedOp (eq. 2), Cell (eq. 3), Network.
 
-This is the paper in code. The same cell, several times faster, is fused.Cell: Network builds it in
-the place of Cell as long as both give the same figures (`Network._choose_cell`), so whatever is
-changed here is what runs.
+This is the paper in code, to be read and changed. The same cell, several times faster, is
+fused.Cell: Network builds it in the place of Cell where both give the same figures, which it finds
+out each time (`same_figures`). So what is written here is what runs.
 """
 
 import functools
@@ -23,7 +23,6 @@ KINDS = ("normal", "reduce")
 SAMPLINGS = ("shuffle", "shift", "random")
 STEMS = ("cifar", "imagenet", "resnet")
 log = logging.getLogger("pc-darts")
-SLOW = "the supernet runs as model_search.py has it, not in its fast form: "
 
 
 class MixedOp(nn.Module):
@@ -156,7 +155,7 @@ class Network(nn.Module):
 
         make_cell = functools.partial(Cell, steps, multiplier)
         variant = dict(k=k, sampling=sampling, primitives=self.primitives)
-        self.fused = fused and _same_figures(C, steps, multiplier, variant)
+        self.fused = fused and same_figures(C, steps, multiplier, variant)
         if self.fused:
             make_cell = functools.partial(FastCell, steps, multiplier, recompute=recompute)
 
@@ -297,12 +296,20 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def resample(self):
-        """Before each step: draws the C / k channels of each cell's operations, where "random"."""
-        for cell in self.cells if self._arguments["sampling"] == "random" else ():
+        """Before each step: draws the C / k channels of each cell's operations, where "random".
+
+        Returns the buffers that hold what was drawn.
+        """
+        if self._arguments["sampling"] != "random":
+            return []
+        for cell in self.cells:
             order = torch.randperm(len(cell.channel_order))
             chosen, others = order.tensor_split([len(order) // self._arguments["k"]])
             cell.channel_order.copy_(torch.cat([chosen.sort().values, others.sort().values]))
             cell.channel_places.copy_(cell.channel_order.argsort())
+        return [
+            buffer for cell in self.cells for buffer in (cell.channel_order, cell.channel_places)
+        ]
 
     def _apply(self, fn, recurse=True):
         """As for parameters: alphas and betas stay the same leaf tensors, only their data moves."""
@@ -329,7 +336,7 @@ class Network(nn.Module):
         return keys
 
 
-def _same_figures(C, steps, multiplier, variant):
+def same_figures(C, steps, multiplier, variant):
     """Whether the fast cell is what Cell is, found out on two small ones; a line where it is not.
 
     MixedOp, Cell and the operations are whatever they have been made by now.

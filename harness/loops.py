@@ -128,7 +128,7 @@ def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, 
     figures = Figures("search", loader, args.report_freq, run.log, run)
     for x, y in figures.steps():
         valid = None if frozen else next(valid_batches)
-        model.resample()
+        distributed.broadcast(model.resample())
         both = architect, optimizer
         loss, logits, norm = search_step((x, y), valid, weights, gradients, *both, args)
         figures.update(loss, logits, y, norm)
