@@ -21,18 +21,21 @@ CASES = {
 ARGS = SimpleNamespace(
     momentum=0.9, weight_decay=3e-4, arch_learning_rate=6e-4, arch_weight_decay=1e-3
 )
+BOTH = pytest.mark.parametrize("form", ["plain", "fused"])
 NAMES = ["alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"]
 
 
 class Case:
     """A golden case: figures, batches, and a fresh network with architect and optimizer."""
 
-    def __init__(self, name):
+    def __init__(self, name, form="fused"):
         file, arguments = CASES[name]
         self.figures, self.config = recipe.golden(file, name)
         config = self.config
         size = config["C"], config["classes"], config["layers"]
+        arguments = arguments | {"fused": form == "fused"}
         self.model = model_search.Network(*size, nn.CrossEntropyLoss(), **arguments)
+        assert self.model.fused == arguments["fused"]
         recipe.fill(self.model, config["seed"]).train()
         self.architect = Architect(self.model, ARGS)
         self.optimizer = torch.optim.SGD(self.model.weights(), 0.1, 0.9, weight_decay=3e-4)
@@ -56,10 +59,11 @@ def assert_close(tensor, figure, relative):
     assert error < relative
 
 
+@BOTH
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("after", [0, 1])
-def test_unrolled_gradient_is_the_released_one(name, after):
-    case = Case(name)
+def test_unrolled_gradient_is_the_released_one(name, form, after):
+    case = Case(name, form)
     if after:  # one SGD step: the momentum buffers count
         case.weight_step("train0")
     batches = *case.batch(f"train{after}"), *case.batch(f"valid{after}")
@@ -71,10 +75,11 @@ def test_unrolled_gradient_is_the_released_one(name, after):
         assert torch.equal(before, weight)  # restored bit for bit
 
 
+@BOTH
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("order", ["first3", "second3"])
-def test_three_search_steps_lead_where_the_released_ones_do(name, order):
-    case = Case(name)
+def test_three_search_steps_lead_where_the_released_ones_do(name, form, order):
+    case = Case(name, form)
     losses = []
     for t, eta in enumerate((0.1, 0.07, 0.03)):
         case.optimizer.param_groups[0]["lr"] = eta
@@ -88,9 +93,10 @@ def test_three_search_steps_lead_where_the_released_ones_do(name, order):
     assert_close(case.model(images), case.figures[f"{order}_logits_train"], 1e-9)
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["cifar_k4", "darts_k1"])
-def test_running_statistics_after_three_steps_are_the_released_ones(name):
-    case = Case(name)
+def test_running_statistics_after_three_steps_are_the_released_ones(name, form):
+    case = Case(name, form)
     for t, eta in enumerate((0.1, 0.07, 0.03)):
         case.optimizer.param_groups[0]["lr"] = eta
         batches = *case.batch(f"train{t}"), *case.batch(f"valid{t}")
