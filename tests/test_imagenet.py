@@ -382,7 +382,7 @@ def test_multiply_adds_in_both_conventions(arch, macs, paper):
 
 
 def test_importing_reads_and_starts_nothing():
-    code = "import imagenet, distributed, train_imagenet, train_search_imagenet"
+    code = "from harness import imagenet, distributed; import train_imagenet, train_search_imagenet"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=Path(__file__).parents[1],
         capture_output=True, text=True,

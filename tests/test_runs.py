@@ -303,8 +303,9 @@ def test_the_folder_tells_how_it_was_made(whole):
     about = json.loads((folder / "args.json").read_text())
     assert about["command"][0].endswith("train_search.py") and "CPU" in about["device"]
     assert about["torch"] == torch.__version__ and set(about) >= {"commit", "clean", "python"}
-    copied = {path.name for path in (folder / "scripts").iterdir()}
-    assert copied == {path.name for path in ROOT.glob("*.py")}
+    copied = {str(path.relative_to(folder / "scripts")) for path in folder.rglob("scripts/**/*.py")}
+    assert copied > {path.name for path in ROOT.glob("*.py")}
+    assert copied > {"fused/cell.py", "fused/__init__.py", "harness/runs.py"}
     lines = (folder / "genotypes.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
     assert genotypes.load(str(folder))
