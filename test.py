@@ -67,6 +67,8 @@ def main(args):
     if path.is_dir():
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
     state = files.load(path)
+    if args.arch is None and not (folder / "genotype.json").exists():
+        raise utils.UserError(f"no genotype.json lies beside {path}: give --arch NAME")
     with utils.user_errors(genotypes.GenotypeError):
         genotype = genotypes.load(args.arch or folder, OPS)
     device = flags.choose_device(args)

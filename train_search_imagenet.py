@@ -14,17 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 import fused
-import genotypes
 import utils
 from architect import Architect
-from harness import costs, distributed, files, flags, imagenet, loops, script
+from harness import (
+    costs,
+    distributed,
+    flags,
+    imagenet,
+    loops,
+    script,
+    searches,
+)
 from harness.distributed import is_main
 from harness.runs import Run
-from model_search import Network
-from train_search import introduce, report, variant
 
 
 def get_args():
@@ -32,16 +36,7 @@ def get_args():
     flags.add_imagenet_arguments(parser, init_channels=16, layers=8, epochs=50)
     add = parser.add_argument
     add("--split", metavar="FILE", help="list of files of an earlier search, or its folder")
-    add("--begin", type=flags.natural, default=35, help="epochs before alphas and betas move")
-    add("--k", type=flags.count, default=2, help="1/k of the channels go through the operations")
-    flags.add_variant_arguments(parser)
-    add("--learning_rate_min", type=flags.non_negative, default=0.0, help="and at last (cosine)")
-    add("--weight_decay", type=flags.non_negative, default=3e-4, help="of the weights' SGD")
-    add("--arch_learning_rate", type=flags.positive, default=6e-3, help="of alphas and betas")
-    add("--arch_weight_decay", type=flags.non_negative, default=1e-3, help="of alphas and betas")
-    add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
-    add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
-    add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
+    flags.add_search_arguments(parser, begin=35, k=2, arch_learning_rate=6e-3)
     add(
         "--workers",
         type=flags.natural,
@@ -73,13 +68,9 @@ def main(args):
         parts[1].transformed(imagenet.test_transform(args.input_size)), **common
     )
 
-    criterion = nn.CrossEntropyLoss()
+    model = searches.supernet(args, len(parts[0].classes), "imagenet")
+    fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
     with utils.user_errors(ValueError):
-        model = Network(
-            args.init_channels, len(parts[0].classes), args.layers, criterion, **variant(args),
-            stem="imagenet",
-        )  # fmt: skip
-        fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
         costs.check_size(model, args.input_size, fewest)
     model.to(device)
     if args.sync_bn:
@@ -93,7 +84,7 @@ def main(args):
     )
     architect = Architect(model, SimpleNamespace(**vars(args), arch_grad_clip=args.grad_clip))
     gradients = distributed.averaged(
-        fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
+        fused.Gradients(model, model._criterion, args.amp, not args.no_cuda_graph)
     )
     architect.gradients = distributed.averaged(architect.gradients)
 
@@ -115,7 +106,7 @@ def main(args):
     gpus = torch.cuda.device_count()
     if gpus > 1 and distributed.world_size() == 1:
         log.info("%d GPUs are here; torchrun --nproc_per_node %d uses all of them", gpus, gpus)
-    introduce(log, args, model)
+    searches.introduce(log, args, model)
     flags.advise(log, args, 1024, 0.5)
 
     batches = valid.forever()
@@ -131,21 +122,10 @@ def main(args):
         )
         distributed.check_equal(model.arch_parameters(), "alphas and betas")
         distributed.broadcast(model.buffers())
-        report(run, args, lr, figures, model, held_out, imagenet=True)
+        searches.report(run, args, lr, figures, model, held_out, imagenet=True)
         run.epoch_done()
 
-    figures = loops.evaluate(held_out, model, criterion, args, log, run)
-    log.info(
-        "supernet on the images of alphas and betas: top-1 %.2f %%, loss %.4f "
-        "(this is not the final accuracy of the cell: train it for that)",
-        figures["top1"],
-        figures["loss"],
-    )
-    genotype = model.genotype(args.max_skip)
-    if is_main():
-        genotypes.save(genotype, folder / "genotype.json", model.primitives)
-        files.save(model.state_dict(), folder / "weights.pt")
-    log.info("genotype = %s", genotypes.text(genotype))
+    searches.finish(run, args, model, held_out, "images of alphas and betas")
     log.info(
         "train it: python train_imagenet.py --arch %s --auxiliary --tmp_data_dir %s",
         shlex.quote(str(folder)), shlex.quote(args.tmp_data_dir),

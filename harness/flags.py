@@ -106,9 +106,22 @@ def add_run_arguments(parser):
     )
 
 
-def add_variant_arguments(parser):
-    """The flags of the searches' variants."""
+def add_search_arguments(parser, begin, k, arch_learning_rate):
+    """The flags that the searches share, those of their variants among them."""
     add = parser.add_argument
+    add("--begin", type=natural, default=begin, help="epochs before alphas and betas move")
+    add("--k", type=count, default=k, help="1/k of the channels go through the operations")
+    add("--learning_rate_min", type=non_negative, default=0.0, help="and at last (cosine)")
+    add("--weight_decay", type=non_negative, default=3e-4, help="of the weights' SGD")
+    add("--arch_learning_rate", type=positive, default=arch_learning_rate,
+        help="of alphas and betas")  # fmt: skip
+    add("--arch_weight_decay", type=non_negative, default=1e-3, help="of alphas and betas")
+    add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
+    add("--plain", action="store_true", help="the cells as model_search.py has them: slower")
+    add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
+    add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
+    add("--validate", action="store_true",
+        help="the supernet on the validation images after each epoch: a pass more")  # fmt: skip
     add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
     add("--sampling", default="shuffle", choices=["shuffle", "shift", "random"],
         help="of the channels that the operations of the next node take")  # fmt: skip
@@ -142,8 +155,8 @@ def parse_args(parser):
         raise UserError(f"--resume {args.resume}: no args.json there; give the folder of a run")
     if about.get("script") != script:
         raise UserError(f"{args.resume} is a run of {about['script']}.py: resume it with that")
-    stored = about["args"]
-    if set(stored) != set(vars(args)):
+    stored = {name: parser.get_default(name) for name in vars(args)} | about["args"]
+    if set(stored) != set(vars(args)):  # (a flag that was not there yet has its default)
         name = min(set(stored) ^ set(vars(args)))
         raise UserError(f"{args.resume} is of another version of this code, by its flag --{name}")
     for name, value in vars(given).items():

@@ -218,16 +218,13 @@ def curves(run):
     """Loss, accuracy and learning rate over the epochs."""
     figure, (loss, accuracy, rate) = subplots(3, 7.2, 2.1)
     tested = run.accuracy.removesuffix("top1")  # "", "test_" or "val_"
+    other = tested or ("valid_" if run.column("valid_top1") else "")  # of a search with --validate
     for axis, name, title in ((loss, "loss", "loss"), (accuracy, "top1", "top-1 accuracy (%)")):
         shade(axis, run)
         line(axis, run.column(name), "training", BLUE)
-        if tested:
-            line(
-                axis,
-                run.column(tested + name),
-                "test" if tested == "test_" else "validation",
-                ORANGE,
-            )
+        if other:
+            label = "test" if other == "test_" else "validation"
+            line(axis, run.column(other + name), label, ORANGE)
         axis.set_title(title)
     if tested:
         values = run.column(run.accuracy)

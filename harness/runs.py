@@ -43,6 +43,7 @@ class Run:
         self.device, self.parts, self.values = device, parts, dict(values or {})
         self.epoch, self.figures, self.unfinished = 0, None, None
         self.epochs, self.epoch_began, self.report_every = args.epochs, time.time(), args.report
+        self.time_left_said = 0.0  # when the log last told how long it will take
         self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
         self.resumed = args.resume is not None
         if self.resumed:
@@ -211,8 +212,9 @@ class Run:
         self.values |= values
         self.save()
         left, now = self.epochs - self.epoch, time.time()
-        if left:
-            seconds = left * (now - self.epoch_began)
+        seconds = left * (now - self.epoch_began)
+        if seconds >= 120 and now - self.time_left_said >= 60:
+            self.time_left_said = now
             until = time.strftime("%a %H:%M", time.localtime(now + seconds))
             self.log.info("%d epochs left: %s as the last one went, until %s",
                           left, utils.duration(seconds), until)  # fmt: skip

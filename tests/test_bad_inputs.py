@@ -170,6 +170,8 @@ def place(tmp_path_factory):
         ("odd_size", arguments(input_size=33)),
     ):
         broken(name, change)
+    (place / "lonely").mkdir()
+    shutil.copy(place / "eval" / "weights.pt", place / "lonely")
     return place
 
 
@@ -375,6 +377,7 @@ WEIGHTS = [
     (f"{TEST} other.pt", "stem.0.weight"),
     (f"{TEST} empty", "empty"),
     ("test.py --model_path search", "train.py --arch"),
+    ("test.py --model_path lonely/weights.pt", "give --arch NAME"),
     ("test.py --model_path newer_args", "newer version"),
     ("test.py --model_path other_classes", "other classes"),
     ("test.py --model_path mean_of_one", "mean or std"),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 
 import genotypes
 import utils
-from harness import files, script
+from harness import files, runs, script
 from harness.loops import Figures
 from test_bad_inputs import Hostile
 from test_imagenet import fill
@@ -414,3 +415,42 @@ def test_streams_that_are_closed(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert "SIGTERM: saved" in (only(tmp_path, "eval-mute-*") / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "script", "more"),
+    [("search", "train_search.py", ""), ("search", "train_search.py", "--report_freq 1"),
+     ("eval", "train.py", "")],
+)  # fmt: skip
+def test_a_run_of_an_earlier_version_goes_on(kind, script, more, tmp_path):
+    """Begun at commit 9c32655, before the supernet had two forms; one of two epochs is done."""
+    shutil.copytree(ROOT / "tests" / "golden" / "runs" / kind, tmp_path / kind)
+    run(f"{script} --resume {kind} {more}", tmp_path)
+    with open(tmp_path / kind / "metrics.csv") as file:
+        *_, last = csv.DictReader(file)
+    expected = json.loads((tmp_path / kind / "expected.json").read_text())
+    names = {"search": ("loss", "alpha_entropy_normal", "beta_entropy_reduce"),
+             "eval": ("loss", "test_loss")}  # fmt: skip
+    for name in ("epoch", "learning_rate", *names[kind]):  # the machine may be another
+        assert float(last[name]) == pytest.approx(expected[name], rel=1e-4), name
+    if kind == "eval":
+        assert "top-1" in run(f"test.py --model_path {kind}", tmp_path)
+
+
+def test_an_earlier_search_cannot_change_its_form(tmp_path):
+    shutil.copytree(ROOT / "tests" / "golden" / "runs" / "search", tmp_path / "search")
+    output = run("train_search.py --resume search --plain", tmp_path, 2)
+    assert "--plain True is not the run's, which is False" in output
+
+
+def test_time_left_is_told_where_minutes_are_left(tmp_path, monkeypatch):
+    said, clock = [], [0.0]
+    monkeypatch.setattr(runs.time, "time", lambda: clock[0])
+    quiet = types.SimpleNamespace(info=lambda text, *values: said.append(text % values))
+    each = runs.Run.__new__(runs.Run)
+    vars(each).update(epoch=0, epochs=100, values={}, log=quiet, epoch_began=0.0, signal=0,
+                      time_left_said=-100.0, report_every=None, save=lambda: None)  # fmt: skip
+    for seconds in (1, 3, 3, 58, 3):  # 99, 294, 291 s are left, then more
+        clock[0] += seconds
+        each.epoch_done()
+    assert [line.split(":")[0] for line in said] == ["98 epochs left", "96 epochs left"]

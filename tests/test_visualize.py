@@ -307,7 +307,7 @@ def test_a_search_with_report_and_tensorboard(tmp_path):
     command = [sys.executable, ROOT / "train_search.py", *flags.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"2 epochs left: .* as the last one went, until \w+ \d\d:\d\d", done.stdout)
+    assert "epochs left" not in done.stdout  # seconds are not worth a line
     [folder] = tmp_path.glob("search-*")
     page = (folder / "report.html").read_text()
     assert "3 of 3 epochs" in page and len(pictures(page)) == 7
