@@ -80,7 +80,7 @@ class Architect:
             gradient = self._gradient([*arch, *weights], *valid)
         at_ahead, v = gradient[: len(arch)], gradient[len(arch) :]
 
-        R = self.STEP / torch.stack([g.norm() for g in v]).norm()
+        R = self.STEP / _concat(v).norm()
         sides = []
         for sign in (1, -1):
             there = [value + sign * R * g for value, g in zip(w, v, strict=True)]
@@ -114,6 +114,11 @@ class Architect:
             yield
         finally:
             _copy(kept, buffers)
+
+
+def _concat(xs):
+    """The tensors as one flat vector."""
+    return torch.cat([x.reshape(-1) for x in xs])
 
 
 @torch.no_grad()

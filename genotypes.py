@@ -99,6 +99,7 @@ PC_DARTS_image = Genotype(  # Xu et al., 2020 (PC-DARTS), searched on ImageNet
     reduce_concat=range(2, 6))
 
 PCDARTS = PC_DARTS_cifar
+DARTS = DARTS_V2
 # fmt: on
 
 
@@ -246,8 +247,6 @@ def _check_cell(cell, edges, concat, ops):
         if not isinstance(edge, (list, tuple)) or len(edge) != 2 or not isinstance(edge[0], str):
             raise GenotypeError(f"{where} is {_short(edge)}; give ('op', input)")
         op, node = edge
-        if op == "none":
-            raise GenotypeError(f"{where}: 'none' is no op of a discrete cell; give another")
         if op not in ops:
             hint = f"{_nearest(op, ops)} (known: {', '.join(ops)})"
             raise GenotypeError(f"{where}: unknown op {_short(op)}{hint}")

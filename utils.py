@@ -3,9 +3,12 @@
 import contextlib
 import os
 import random
+import shutil
 
 import numpy as np
 import torch
+from torchvision import transforms
+from torchvision.ops import stochastic_depth
 
 
 class UserError(ValueError):
@@ -83,3 +86,79 @@ def duration(seconds):
     if minutes < 2:
         return f"{seconds:.0f} s"
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+class Cutout:
+    """Zeros a square of an image (C, H, W): its centre anywhere, clipped at the border.
+
+    DeVries and Taylor, arXiv:1708.04552. length: side of the square in pixels.
+    """
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, image):
+        height, width = image.shape[1:]
+        y, x = np.random.randint(height), np.random.randint(width)
+        top, left = y - self.length // 2, x - self.length // 2
+        image = image.clone()
+        rows = slice(max(top, 0), max(top + self.length, 0))
+        image[:, rows, max(left, 0) : max(left + self.length, 0)] = 0
+        return image
+
+
+CIFAR_MEAN, CIFAR_STD = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def _data_transforms(args, mean, std):
+    normalized = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    augmented = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    cutout = [Cutout(args.cutout_length)] if args.cutout else []
+    return (
+        transforms.Compose([*augmented, *normalized, *cutout]),
+        transforms.Compose(normalized),
+    )
+
+
+def _data_transforms_cifar10(args):
+    """(for training, for validation): torchvision transforms. args: cutout, cutout_length."""
+    return _data_transforms(args, CIFAR_MEAN, CIFAR_STD)
+
+
+def _data_transforms_cifar100(args):
+    """As _data_transforms_cifar10."""
+    return _data_transforms(args, CIFAR100_MEAN, CIFAR100_STD)
+
+
+def drop_path(x, drop_prob):
+    """x (N, C, H, W) with each image's maps zero by this chance, the others scaled by 1 / keep."""
+    return stochastic_depth(x, float(drop_prob), "row")
+
+
+def save(model, model_path):
+    """Writes the state dict of a network."""
+    torch.save(model.state_dict(), model_path)
+
+
+def load(model, model_path):
+    """Loads a state dict of `save` into a network; the file runs no code."""
+    model.load_state_dict(torch.load(model_path, map_location="cpu", weights_only=True))
+
+
+def save_checkpoint(state, is_best, save):
+    """Writes `state` to checkpoint.pth.tar in the folder `save`; the best to model_best.pth.tar."""
+    path = os.path.join(save, "checkpoint.pth.tar")
+    torch.save(state, path)
+    if is_best:
+        shutil.copyfile(path, os.path.join(save, "model_best.pth.tar"))
+
+
+def create_exp_dir(path, scripts_to_save=None):
+    """Makes the folder `path`, where it is missing, with copies of the files in its `scripts`."""
+    os.makedirs(path, exist_ok=True)
+    print(f"Experiment dir : {path}")
+    if scripts_to_save is not None:
+        os.makedirs(os.path.join(path, "scripts"), exist_ok=True)
+        for script in scripts_to_save:
+            shutil.copy(script, os.path.join(path, "scripts", os.path.basename(script)))

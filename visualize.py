@@ -64,6 +64,18 @@ def main(args):
         print(f"\n{report.compare(runs, (out or Path()) / 'comparison.html')}")
 
 
+def plot(genotype, filename):
+    """Draws a cell, a list of (op, input) edges, to `filename`, a PDF where it has no suffix.
+
+    The call of DARTS's scripts: plot(genotypes.DARTS.normal, "normal"). Every node is in the
+    output. Returns the path; raises UserError where matplotlib is missing or it cannot be written.
+    """
+    path = Path(filename)
+    path = path if path.suffix else path.with_suffix(".pdf")
+    nodes = range(2, 2 + len(genotype) // 2)
+    return drawing.save(drawing.draw_cell(list(genotype), nodes), path)
+
+
 def name_of(what):
     """A file name for the genotype that `what` means."""
     path = Path(what)

@@ -24,13 +24,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import center_crop, resize
 
+import utils
 from utils import UserError
 
 SETS = ("cifar10", "cifar100", "digits", "folder")
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 STATISTICS = {  # mean and std of the training images, as in the released code
-    "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": (utils.CIFAR_MEAN, utils.CIFAR_STD),
+    "cifar100": (utils.CIFAR100_MEAN, utils.CIFAR100_STD),
 }
 TIMEOUT = 10.0  # seconds without an answer after which a download fails; torchvision sets none
 

@@ -21,7 +21,7 @@ from utils import UserError
 FORMAT = 1  # of checkpoints and args.json; raised when an older reader could not use them
 
 
-def create_exp_dir(kind, save):
+def make_folder(kind, save):
     """Makes the run folder `kind`-SAVE-YYYYMMDD-HHMMSS, never one that exists; returns its path.
 
     save may begin with the folder to put it in. Raises UserError where it cannot be made.

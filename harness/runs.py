@@ -49,7 +49,7 @@ class Run:
         if self.resumed:
             self.folder = Path(args.resume)
         else:
-            self.folder = distributed.on_main(lambda: files.create_exp_dir(kind, args.save))
+            self.folder = distributed.on_main(lambda: files.make_folder(kind, args.save))
         self.log = files.start_log(self.folder, quiet=not distributed.is_main())
         if distributed.is_main():
             self._lock()

@@ -251,7 +251,7 @@ def test_two_processes_cannot_resume_the_same_run(tmp_path):
 
 
 def test_two_runs_of_the_same_second_have_two_folders(tmp_path):
-    folders = {files.create_exp_dir("eval", str(tmp_path / "x")) for _ in range(3)}
+    folders = {files.make_folder("eval", str(tmp_path / "x")) for _ in range(3)}
     assert len(folders) == 3
 
 

@@ -1,0 +1,55 @@
+"""For torch.hub: networks of this repository by name.
+
+    torch.hub.load(REPO, "pc_darts_cifar", weights="eval-EXP-.../weights.pt")
+    torch.hub.load(REPO, "pc_darts_imagenet", num_classes=1000, auxiliary=True)
+    torch.hub.load(REPO, "supernet", k=4)
+
+weights: a run's folder, weights.pt or checkpoint.pt, or a checkpoint of the published code.
+Raises UserError, one line, where they cannot be read or are of another network.
+"""
+
+from pathlib import Path as _Path
+
+from torch import nn as _nn
+
+import genotypes as _genotypes
+import model as _model
+import model_search as _model_search
+from harness import files as _files
+from operations import OPS as _OPS
+
+dependencies = ["torch", "torchvision", "numpy"]
+
+
+def pc_darts_cifar(
+    num_classes=10, auxiliary=False, weights=None, C=36, layers=20, genotype="PC_DARTS_cifar"
+):
+    """NetworkCIFAR; forward(x) -> (logits, logits of the auxiliary head or None).
+
+    genotype: as --arch of train.py: a name, genotype.json, run folder or text.
+    """
+    cell = _genotypes.load(genotype, _OPS)
+    return _loaded(_model.NetworkCIFAR(C, num_classes, layers, auxiliary, cell), weights)
+
+
+def pc_darts_imagenet(
+    num_classes=1000, auxiliary=False, weights=None, C=48, layers=14, genotype="PC_DARTS_image"
+):
+    """NetworkImageNet; the arguments are those of pc_darts_cifar."""
+    cell = _genotypes.load(genotype, _OPS)
+    return _loaded(_model.NetworkImageNet(C, num_classes, layers, auxiliary, cell), weights)
+
+
+def supernet(num_classes=10, weights=None, C=16, layers=8, **variant):
+    """The search network; variant: further arguments of model_search.Network, such as k."""
+    criterion = _nn.CrossEntropyLoss()
+    return _loaded(_model_search.Network(C, num_classes, layers, criterion, **variant), weights)
+
+
+def _loaded(network, weights):
+    if weights is not None:
+        path = _Path(weights)
+        if path.is_dir():
+            path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
+        _files.load_weights(network, _files.load(path), path)
+    return network

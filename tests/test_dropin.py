@@ -1,0 +1,413 @@
+"""Scripts of the DARTS family beside our modules: the calls they make, played as processes.
+
+And what somebody who changes the mixed operation gets: what he wrote.
+"""
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import genotypes
+import model
+import model_search
+import operations
+import utils
+from architect import _concat
+from helpers import ROOT, copy_code
+
+DATA = '''
+import glob, logging, os, sys
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.data
+from argparse import Namespace
+from PIL import Image
+import genotypes
+import utils
+
+args = Namespace(
+    save="EXP", cutout=True, cutout_length=4, init_channels=8, layers=3, batch_size=8,
+    learning_rate=0.1, learning_rate_min=0.001, momentum=0.9, weight_decay=3e-4, grad_clip=5,
+    arch_learning_rate=6e-4, arch_weight_decay=1e-3, epochs=1, train_portion=0.5, auxiliary=True,
+    auxiliary_weight=0.4, drop_path_prob=0.2, arch="PCDARTS", report_freq=1, unrolled="UNROLLED",
+)
+torch.manual_seed(0)
+np.random.seed(0)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Looks like torchvision's CIFAR10."""
+
+    def __init__(self, transform):
+        self.transform = transform
+        self.data = np.random.RandomState(0).randint(0, 256, (32, 32, 32, 3), np.uint8)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.data[i])), i % 10
+
+
+utils.create_exp_dir(args.save, scripts_to_save=glob.glob("*.py"))
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+logging.getLogger().addHandler(logging.FileHandler(os.path.join(args.save, "log.txt")))
+train_transform, valid_transform = utils._data_transforms_cifar10(args)
+criterion = nn.CrossEntropyLoss()
+'''
+SEARCH = (
+    DATA
+    + """
+from architect import Architect
+from model_search import Network
+
+model = Network(args.init_channels, 10, args.layers, criterion, **VARIANT)
+logging.info("param size = %fMB", utils.count_parameters_in_MB(model))
+optimizer = torch.optim.SGD(
+    model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+)
+train_data = Pictures(train_transform)
+indices = list(range(len(train_data)))
+split = int(np.floor(args.train_portion * len(train_data)))
+halves = [
+    torch.utils.data.DataLoader(
+        train_data, batch_size=args.batch_size,
+        sampler=torch.utils.data.sampler.SubsetRandomSampler(part), num_workers=0,
+    )
+    for part in (indices[:split], indices[split:])
+]
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+    optimizer, float(args.epochs), eta_min=args.learning_rate_min
+)
+architect = Architect(model, args)
+before = [tensor.clone() for tensor in model.arch_parameters()]
+for epoch in range(args.epochs):
+    lr = scheduler.get_last_lr()[0]
+    logging.info("genotype = %s", model.genotype())
+    print(F.softmax(model.alphas_normal, dim=-1), F.softmax(model.betas_normal[2:5], dim=-1))
+    objs, top1 = utils.AvgrageMeter(), utils.AvgrageMeter()
+    for step, (input, target) in enumerate(halves[0]):
+        model.train()
+        input_search, target_search = next(iter(halves[1]))
+        architect.step(
+            input, target, input_search, target_search, lr, optimizer, unrolled=args.unrolled
+        )
+        optimizer.zero_grad()
+        logits = model(input)
+        loss = criterion(logits, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        prec1, prec5 = utils.accuracy(logits, target, topk=(1, 5))
+        objs.update(loss.data.item(), input.size(0))
+        top1.update(prec1.data.item(), input.size(0))
+        logging.info("train %03d %e %f", step, objs.avg, top1.avg)
+    scheduler.step()
+    model.eval()
+    with torch.no_grad():
+        assert np.isfinite(criterion(model(input), target).item())
+    utils.save(model, os.path.join(args.save, "weights.pt"))
+assert all((a != b).any() for a, b in zip(before, model.arch_parameters()))
+twin = model.new()
+utils.load(twin, os.path.join(args.save, "weights.pt"))
+model.eval(), twin.eval()
+assert torch.allclose(twin(input), model(input), atol=1e-5)
+print("done", model.genotype())
+"""
+)
+TRAIN = (
+    DATA
+    + """
+from model import NetworkCIFAR as Network
+
+genotype = eval("genotypes.%s" % args.arch)
+model = Network(args.init_channels, 10, args.layers, args.auxiliary, genotype)
+optimizer = torch.optim.SGD(model.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+queue = torch.utils.data.DataLoader(Pictures(train_transform), batch_size=8, shuffle=True)
+model.drop_path_prob = args.drop_path_prob * 1 / 2
+objs = utils.AvgrageMeter()
+for step, (input, target) in enumerate(queue):
+    optimizer.zero_grad()
+    logits, logits_aux = model(input)
+    loss = criterion(logits, target) + args.auxiliary_weight * criterion(logits_aux, target)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    optimizer.step()
+    objs.update(loss.item(), input.size(0))
+utils.save(model, os.path.join(args.save, "weights.pt"))
+utils.save_checkpoint({"epoch": 1, "state_dict": model.state_dict()}, True, args.save)
+assert os.path.exists(os.path.join(args.save, "model_best.pth.tar"))
+
+model = Network(args.init_channels, 10, args.layers, args.auxiliary, genotype)
+utils.load(model, os.path.join(args.save, "weights.pt"))
+model.drop_path_prob = args.drop_path_prob
+model.eval()
+test = torch.utils.data.DataLoader(Pictures(valid_transform), batch_size=8)
+with torch.no_grad():
+    for input, target in test:
+        logits, _ = model(input)
+        prec1, _ = utils.accuracy(logits, target, topk=(1, 5))
+print("done %f %f" % (objs.avg, prec1.item()))
+"""
+)
+PLOT = """
+import genotypes
+from visualize import plot
+
+genotype = eval("genotypes.{}".format("DARTS"))
+plot(genotype.normal, "normal")
+plot(genotype.reduce, "reduction.png")
+"""
+
+
+def play(text, cwd):
+    """The output of a script that stands elsewhere and imports our modules."""
+    (cwd / "script.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=cwd, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("unrolled", "variant"),
+    [(False, {}), (True, {}), (True, {"k": 1, "edge_norm": False}), (False, {"fused": False})],
+)
+def test_a_search_script(unrolled, variant, tmp_path):
+    text = SEARCH.replace('"UNROLLED"', str(unrolled)).replace("**VARIANT", f"**{variant}")
+    if variant.get("edge_norm") is False:  # DARTS has no betas
+        text = text.replace(", F.softmax(model.betas_normal[2:5], dim=-1)", "")
+    output = play(text, tmp_path)
+    assert "Experiment dir : EXP" in output and "done Genotype(normal=" in output
+    assert (tmp_path / "EXP" / "scripts" / "script.py").exists()
+
+
+def test_a_training_and_a_test_script(tmp_path):
+    assert "done" in play(TRAIN, tmp_path)
+
+
+def test_a_visualization_script(tmp_path):
+    pytest.importorskip("matplotlib")
+    play(PLOT, tmp_path)
+    assert (tmp_path / "normal.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "reduction.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- single names ---
+
+
+def test_cutout_zeros_one_square():
+    np.random.seed(0)
+    image, areas = torch.ones(3, 12, 10), set()
+    for _ in range(100):
+        cut = utils.Cutout(4)(image)
+        rows, columns = (cut[0] == 0).nonzero().unbind(1)
+        area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert area == len(rows) <= 16 and torch.equal(cut[0], cut[2])
+        areas.add(int(area))
+    assert image.all() and {16, 4} <= areas  # whole ones, and in a corner
+
+
+def test_drop_path_keeps_the_mean():
+    x = torch.ones(4000, 1, 2, 2)
+    dropped = utils.drop_path(x, 0.25)
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(dropped[:, :, 0, 0], dropped[:, :, 1, 1])  # per image
+    assert torch.equal(utils.drop_path(x, 0.0), x)
+
+
+def test_concat_and_channel_shuffle():
+    assert _concat([torch.zeros(2, 2), torch.ones(1)]).tolist() == [0, 0, 0, 0, 1]
+    x = torch.arange(8.0).view(1, 8, 1, 1)
+    shuffled = model_search.channel_shuffle(x, 4).flatten().tolist()
+    assert shuffled == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_mixed_op_is_equation_2(stride, layout):
+    torch.manual_seed(0)
+    edge, x = model_search.MixedOp(16, stride), torch.randn(2, 16, 8, 8)
+    weights = torch.rand(8)
+    mixed = sum(w * op(x[:, :4]) for w, op in zip(weights, edge._ops, strict=True))
+    rest = x[:, 4:] if stride == 1 else F.max_pool2d(x[:, 4:], 2)
+    both = torch.cat([mixed, rest], 1)  # K = 4 groups of 4: channel c of group g to c * 4 + g
+    expected = both.view(2, 4, 4, *both.shape[2:]).transpose(1, 2).flatten(1, 2)
+    torch.testing.assert_close(edge(x.contiguous(memory_format=layout), weights), expected)
+
+
+def test_auxiliary_heads():
+    x = torch.randn(2, 12, 8, 8)
+    assert model.AuxiliaryHeadCIFAR(12, 10)(x).shape == (2, 10)
+    assert model.AuxiliaryHeadImageNet(12, 1000)(x[:, :, :7, :7]).shape == (2, 1000)
+
+
+def test_none_on_an_edge_is_zeros():
+    """As the published code builds it: a node is what its other edge gives."""
+    torch.manual_seed(0)
+    with_none = [("none", 0), ("sep_conv_3x3", 1), ("none", 1), ("none", 0)]
+    genotype = genotypes.Genotype(with_none, [2, 3], with_none, [2, 3])
+    network = model.NetworkCIFAR(4, 3, 3, False, genotypes.parse(genotypes.text(genotype)))
+    cell, x = network.cells[0], torch.randn(2, 12, 8, 8)
+    out = cell(x, x, 0.0)
+    states = cell.preprocess1(x)
+    torch.testing.assert_close(out[:, :4], cell._ops[1](states))
+    assert not out[:, 4:].any()
+    logits, _ = network(torch.randn(2, 3, 16, 16))
+    logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+# --- a mixed operation of one's own ---
+
+
+def build(**arguments):
+    return model_search.Network(8, 3, 3, nn.CrossEntropyLoss(), **arguments).double()
+
+
+class Sharper(model_search.MixedOp):
+    """Another formula."""
+
+    def forward(self, x, weights):
+        return super().forward(x, weights.square())
+
+
+class Switched(model_search.MixedOp):
+    """The same, until somebody switches it."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.drop = 0.0
+
+    def forward(self, x, weights):
+        return super().forward(x, weights) * (1 - self.drop)
+
+
+class Scaled(model_search.MixedOp):
+    """With a weight that changes nothing yet."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, weights):
+        return super().forward(x, weights) * self.scale
+
+
+class Failing(model_search.MixedOp):
+    def forward(self, x, weights):
+        if x.shape[2] < 16:
+            raise ValueError("maps of 16 x 16, please")
+        return super().forward(x, weights)
+
+
+@pytest.mark.parametrize(
+    ("edited", "words"),
+    [(Sharper, "differs by"), (Switched, "Switched.drop"), (Scaled, "state dict"),
+     (Failing, "maps of 16 x 16, please")],
+)  # fmt: skip
+def test_an_edited_mixed_operation_is_what_runs(edited, words, monkeypatch, caplog):
+    assert build().fused
+    monkeypatch.setattr(model_search, "MixedOp", edited)
+    with caplog.at_level(logging.WARNING, "pc-darts"):
+        logging.getLogger("pc-darts").propagate = True
+        network = build()
+    assert not network.fused and type(network.cells[0]._ops[0]) is edited
+    [record] = caplog.records
+    assert words in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_an_edited_operation_or_cell_is_what_runs(monkeypatch):
+    class Loud(operations.SepConv):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Longer(model_search.Cell):
+        def forward(self, s0, s1, weights, betas):
+            return super().forward(s0, s1, weights, betas) + 1
+
+    with monkeypatch.context() as patch:  # an op of a type of its own runs inside the fast cell
+        patch.setitem(operations.OPS, "sep_conv_3x3", lambda C, s, a: Loud(C, C, 3, s, 1, a))
+        fast, plain = build(), build(fused=False)
+        plain.load_state_dict(fast.state_dict())
+        x = torch.randn(2, 3, 8, 8).double()
+        torch.testing.assert_close(fast(x), plain(x))
+    with monkeypatch.context() as patch:
+        patch.setattr(operations.SepConv, "forward", lambda self, x: 2 * self.op(x))
+        assert not build().fused
+    with monkeypatch.context() as patch:
+        patch.setattr(operations.ReLUConvBN, "forward", lambda self, x: self.op(x).relu())
+        assert not build().fused
+    monkeypatch.setattr(model_search, "Cell", Longer)
+    assert not build().fused
+
+
+def test_comparing_leaves_random_numbers_alone():
+    torch.manual_seed(0)
+    build(fused=False)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    build()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_second_derivatives_of_the_plain_form():
+    network = build(fused=False)
+    x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
+    alphas = network.arch_parameters()
+    first = torch.autograd.grad(network._loss(x, y), alphas, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), alphas)
+    assert all(g.abs().max() > 0 for g in second)
+
+
+def test_a_file_edited_by_hand(tmp_path):
+    """A temperature in MixedOp, as somebody writes it into model_search.py."""
+    copy_code(tmp_path)
+    path = tmp_path / "model_search.py"
+    text = path.read_text()
+    old = "mixed = sum(w * op(selected) for w, op in zip(weights, self._ops, strict=True))"
+    assert old in text
+    path.write_text(text.replace(old, old.replace("w * op", "w.sqrt() * op")))
+    flags = "--set digits --input_size 8 --layers 3 --init_channels 8 --batch_size 300"
+    command = [sys.executable, "train_search.py", *flags.split(), "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("not in its fast form") == 1
+    assert "its cells as in model_search.py" in done.stdout
+
+
+# --- torch.hub ---
+
+
+def test_hub(tmp_path):
+    genotype, args = genotypes.DARTS_V1, SimpleNamespace(C=4, layers=3)
+    network = model.NetworkCIFAR(args.C, 7, args.layers, True, genotype)
+    weights = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "released.pth.tar")
+    hub = torch.hub.load
+    common = dict(source="local", C=4, layers=3)
+    loaded = hub(str(ROOT), "pc_darts_cifar", num_classes=7, auxiliary=True, genotype="DARTS_V1",
+                 weights=tmp_path / "released.pth.tar", **common)  # fmt: skip
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, network.state_dict()[name])
+    imagenet = hub(str(ROOT), "pc_darts_imagenet", **common)
+    assert imagenet(torch.zeros(2, 3, 64, 64))[0].shape == (2, 1000)
+    assert hub(str(ROOT), "supernet", source="local", C=8, layers=3, num_classes=5, k=2).fused
+    with pytest.raises(utils.UserError, match="another network"):
+        hub(str(ROOT), "pc_darts_cifar", weights=tmp_path / "released.pth.tar", **common)
+    import hubconf
+
+    names = {n for n, value in vars(hubconf).items() if callable(value) and n[0] != "_"}
+    assert names == {"pc_darts_cifar", "pc_darts_imagenet", "supernet"}
