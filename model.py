@@ -85,7 +85,7 @@ class AuxiliaryHead(nn.Module):
                 f"a map of {x.shape[2]} x {x.shape[3]} is too small for the auxiliary head: "
                 f"give images of {size} x {size} or more, or train without it"
             )
-        return self.classifier(self.features(x).mean((2, 3)))  # README, difference 8
+        return self.classifier(self.features(x).mean((2, 3)))  # docs/differences.md, 8
 
 
 class AuxiliaryHeadCIFAR(AuxiliaryHead):

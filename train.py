@@ -5,7 +5,7 @@
     python train.py --arch "Genotype(normal=[...], ...)" --set folder --data DIR
 
 The figure that counts is the test accuracy after the last epoch; published for PC_DARTS_cifar:
-97.43 % (the best run). What was measured with this code stands in the README.
+97.43 % (the best run). What was measured with this code: docs/evidence.md.
 """
 
 import shlex

@@ -5,7 +5,7 @@
 
 DIR/imagenet/train and DIR/imagenet/val hold a folder for each class. Started plainly on several
 GPUs it uses DataParallel. Published for PC_DARTS_image: 24.2 % top-1 and 7.3 % top-5 error. What
-was measured with this code stands in the README.
+was measured with this code stands in docs/imagenet.md.
 """
 
 import torch

@@ -6,7 +6,7 @@
 
 Alphas and betas stay frozen for --begin epochs; then each step updates them on a batch of the
 validation half, and the weights on one of the training half. Prints the genotype, which
-`train.py --arch RUN` trains. What was measured with this code stands in the README.
+`train.py --arch RUN` trains. What was measured with this code: docs/evidence.md.
 """
 
 import shlex

@@ -6,7 +6,7 @@
 Searches on DIR/imagenet_search/{train,val}; where that is missing, on 10 % and 2.5 % of every
 class of DIR/imagenet/train, whose file names it leaves in the run folder for --split. Alphas and
 betas stay frozen for --begin epochs. Prints the genotype, which `train_imagenet.py --arch RUN`
-trains. What was measured with this code stands in the README.
+trains. What was measured with this code stands in docs/imagenet.md.
 """
 
 import shlex

@@ -13,7 +13,7 @@ softmax(alpha) * softmax(beta):
 - Sum, concatenation and shuffle are linear: a node is put together once, after the sum.
 - A cell's output is ReLU'd once, not by both cells that read it.
 
-First derivatives only: README, difference 12.
+First derivatives only: docs/differences.md, 12.
 """
 
 import torch

@@ -377,7 +377,7 @@ class NormSum(torch.autograd.Function):
 
 
 def factorized_kernel(first, second):
-    """Both 1x1 kernels (..., C/2, C_in, 1, 1) as one (..., C, C_in, 2, 2): README, difference 9."""
+    """Both 1x1 kernels (..., C/2, C_in, 1, 1) as one (..., C, C_in, 2, 2)."""
     return torch.cat([F.pad(first, (0, 1, 0, 1)), F.pad(second, (1, 0, 1, 0))], dim=-4)
 
 

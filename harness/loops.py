@@ -117,7 +117,7 @@ class Figures:
 def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, args, frozen, run):
     """One epoch of bilevel search (DARTS, algorithm 1): an architecture step, then a weight step.
 
-    README, differences 2 and 3.
+    docs/differences.md, 2 and 3.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
     frozen. gradients: architect.Gradients of the training loss. args: unrolled, grad_clip,
@@ -202,6 +202,6 @@ def learning_rate(epoch, epochs, base, schedule, warm_up, last=0.0):
         return base * (epoch + 1) / 5
     if schedule == "cosine":
         return last + (base - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-    if epochs <= 5:  # README, difference 14
+    if epochs <= 5:  # docs/differences.md, 14
         return base * left / epochs
     return base * (left - 5) / (epochs - 5) if left > 5 else base * left / ((epochs - 5) * 5)

@@ -328,9 +328,10 @@ OPS["gate"] = lambda C, stride, affine: nn.Sequential(nn.AvgPool2d(stride), Gate
 
 
 def test_an_operation_of_ones_own(tmp_path):
-    """As the README tells it."""
+    """As docs/experiments.md tells it."""
     assert OWN.strip() in "\n".join(
-        line.removeprefix("    ") for line in (ROOT / "README.md").read_text().splitlines()
+        line.removeprefix("    ")
+        for line in (ROOT / "docs" / "experiments.md").read_text().splitlines()
     )
     copy_code(tmp_path)
     with (tmp_path / "operations.py").open("a") as file:
@@ -347,6 +348,34 @@ def test_an_operation_of_ones_own(tmp_path):
         "gate",
         "sep_conv_7x7",
     }
+
+
+OWN_MIXED = """
+class Dropped(MixedOp):
+    def forward(self, x, weights):
+        return super().forward(x, F.dropout(weights, 0.1, self.training))
+
+
+MixedOp = Dropped
+"""
+
+
+def test_a_mixed_operation_of_ones_own(tmp_path):
+    """As docs/experiments.md tells it."""
+    assert OWN_MIXED.strip() in "\n".join(
+        line.removeprefix("    ")
+        for line in (ROOT / "docs" / "experiments.md").read_text().splitlines()
+    )
+    copy_code(tmp_path)
+    path, last = tmp_path / "model_search.py", "\nif __name__"
+    path.write_text(path.read_text().replace(last, f"{OWN_MIXED}\n{last}"))
+    done = subprocess.run(
+        [sys.executable, "train_search.py", *f"{TINY} 8 --begin 0".split()], cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [line] = done.stderr.splitlines()
+    assert "as model_search.py has it, not in its fast form: " in line
 
 
 def test_odd_images_in_a_folder(tmp_path):
