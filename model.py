@@ -47,6 +47,14 @@ class Cell(nn.Module):
             states.append(first + second)
         return torch.cat([states[node] for node in self._concat], dim=1)
 
+    def leaves_out_nodes(self):
+        """Whether no path leads from some node or input to the output."""
+        read = set(self._concat)
+        for i in reversed(range(len(self._inputs))):
+            if 2 + i // 2 in read:
+                read.add(self._inputs[i])
+        return len(read) < 2 + len(self._inputs) // 2
+
     def _edge(self, i, states, drop_path_prob):
         op = self._ops[i]
         out = op(states[self._inputs[i]])
@@ -163,8 +171,11 @@ class DiscreteNetwork(nn.Module):
         return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux
 
     def leaves_out_nodes(self):
-        """Whether a cell's output lacks some of its nodes, which may then learn nothing."""
-        return any(len(cell._concat) < len(cell._ops) // 2 for cell in self.cells)
+        """Whether the output of a cell does not depend on some node or input of it.
+
+        Weights before these have no gradient then. A node behind `none` has one: zeros.
+        """
+        return any(cell.leaves_out_nodes() for cell in self.cells)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's; accepts a `module.` prefix."""

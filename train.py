@@ -13,9 +13,8 @@ import shlex
 import torch
 from torch import nn
 
-import genotypes
 import utils
-from harness import costs, data, files, flags, loops, script
+from harness import costs, data, files, flags, loops, script, trainings
 from harness.runs import Run, load_genotype
 from model import build
 
@@ -23,24 +22,13 @@ from model import build
 def get_args():
     parser = flags.Parser(__doc__.split("\n")[0])
     flags.add_common_arguments(parser, batch_size=96)
-    add = parser.add_argument
-    add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
-    add("--epochs", type=flags.count, default=600, help="epochs of the training images")
-    add("--init_channels", type=flags.count, default=36, help="channels C of the first cell")
-    add("--layers", type=flags.depth, default=20, help="cells")
-    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
-    add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
-    add("--auxiliary_weight", type=flags.non_negative, default=0.4, help="of its loss")
-    add("--drop_path_prob", type=flags.fraction, default=0.3, help="at the end; grows from 0")
-    add("--learning_rate", type=flags.positive, default=0.025, help="at first (cosine to 0)")
-    add("--momentum", type=flags.fraction, default=0.9, help="of SGD")
-    add("--weight_decay", type=flags.non_negative, default=3e-4, help="of SGD")
-    add("--grad_clip", type=flags.positive, default=5.0, help="norm of the gradient")
-    add("--cutout", action="store_true", help="cut a square out of every training image")
-    add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
-    add("--save", default="EXP", help="name of the run: its folder is eval-NAME-DATE-TIME")
-    flags.add_run_arguments(parser)
+    flags.add_learning_arguments(
+        parser, epochs=600, init_channels=36, layers=20, learning_rate=0.025
+    )
+    flags.add_training_arguments(parser, weight_decay=3e-4, drop_path_prob=0.3)
+    flags.add_cutout_arguments(parser)
+    stems = ["cifar", "imagenet"]
+    parser.add_argument("--stem", default="cifar", choices=stems, help="imagenet: an eighth")
     return flags.parse_args(parser)
 
 
@@ -81,14 +69,13 @@ def main(args):
     run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
-    folder, log = run.folder, run.log
+    log = run.log
     log.info(
         "%s: %d classes, %d training and %d test images of %d x %d",
         args.set, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels),
         size, size,
     )  # fmt: skip
-    log.info("network: %.6f M parameters", utils.count_parameters_in_MB(model))
-    log.info("genotype = %s", genotypes.text(genotype))
+    trainings.introduce(run, model, genotype)
     log.info("images of a class: %d to %d in training", *data.counts(dataset.train))
     flags.advise(log, args, 96, 0.025)
 
@@ -97,28 +84,13 @@ def main(args):
         lr = scheduler.get_last_lr()[0]
         figures = loops.train_epoch(train, model, criterion, optimizer, args, run)
         tested = loops.evaluate(test, model, criterion, args, log, run)
+        values = trainings.report(run, args, lr, figures, tested, "test")
         scheduler.step()
-        best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
-        log.info(
-            "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, test loss %.4f, "
-            "top-1 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
-            epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
-            tested["top1"], figures["images_per_second"], figures["seconds"], figures["memory_mib"],
-        )  # fmt: skip
-        tested = {f"test_{name}": tested[name] for name in ("loss", "top1", "top5")}
-        row = {"epoch": epoch + 1, "learning_rate": lr, **figures, **tested}
-        run.record(row)
-        run.epoch_done(best=best, tested=tested)
+        run.epoch_done(**values)
 
-    best, tested = run.values["best"], run.values["tested"]
-    files.save(model.state_dict(), folder / "weights.pt")
-    log.info("best epoch: %d with %.2f %% (chosen on the test images: not a result)", *best[::-1])
-    log.info("test it again: python test.py --model_path %s", shlex.quote(str(folder)))
-    log.info(
-        "test accuracy after the last epoch: %.2f %% (error %.2f %%)",
-        tested["test_top1"],
-        100 - tested["test_top1"],
-    )
+    files.save(model.state_dict(), run.folder / "weights.pt")
+    log.info("test it again: python test.py --model_path %s", shlex.quote(str(run.folder)))
+    trainings.conclude(run, "test")
 
 
 if __name__ == "__main__":

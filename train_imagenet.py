@@ -11,9 +11,8 @@ was measured with this code stands in docs/imagenet.md.
 import torch
 from torch import nn
 
-import genotypes
 import utils
-from harness import costs, distributed, files, flags, imagenet, loops, script
+from harness import costs, distributed, files, flags, imagenet, loops, script, trainings
 from harness.distributed import is_main
 from harness.runs import Run, load_genotype
 from model import NetworkImageNet
@@ -21,23 +20,13 @@ from model import NetworkImageNet
 
 def get_args():
     parser = flags.Parser(__doc__.split("\n")[0])
-    flags.add_imagenet_arguments(parser, init_channels=48, layers=14, epochs=250)
+    flags.add_imagenet_arguments(parser, seed=0, workers=32)
+    flags.add_learning_arguments(parser, epochs=250, init_channels=48, layers=14, learning_rate=0.5)
+    flags.add_training_arguments(parser, weight_decay=3e-5, drop_path_prob=0.0)
     add = parser.add_argument
-    add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
     add("--classes", type=flags.count, help="outputs; None: as many as there are class folders")
     add("--lr_scheduler", default="linear", choices=["linear", "cosine"], help="of learning_rate")
-    add("--weight_decay", type=flags.non_negative, default=3e-5, help="of SGD")
     add("--label_smooth", type=flags.fraction, default=0.1, help="share of the other classes")
-    add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
-    add("--auxiliary_weight", type=flags.non_negative, default=0.4, help="of its loss")
-    add("--drop_path_prob", type=flags.fraction, default=0.0, help="at the end; grows from 0")
-    add(
-        "--workers",
-        type=flags.natural,
-        default=32,
-        help="processes that read images, of each GPU",
-    )
-    add("--seed", type=flags.natural, default=0, help="of every random number")
     return flags.parse_args(parser)
 
 
@@ -87,17 +76,14 @@ def main(args):
     run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
-    folder, log = run.folder, run.log
+    log = run.log
     log.info(
         "%d classes, %d training and %d validation images; note: %s",
         classes, len(train_images), len(val_images), args.note,
     )  # fmt: skip
-    log.info(
-        "network: %.6f M parameters, %.2f M multiply-adds of convolutions and linear layers, "
-        "%.2f M as the paper counts (with batch norms, ReLUs and pools)",
-        utils.count_parameters_in_MB(network), *macs,
-    )  # fmt: skip
-    log.info("genotype = %s", genotypes.text(genotype))
+    more = ", %.2f M multiply-adds of convolutions and linear layers, %.2f M as the paper counts"
+    more += " (with batch norms, ReLUs and pools)"
+    trainings.introduce(run, network, genotype, more % tuple(macs))
     flags.advise(log, args, 1024, 0.5)
 
     for epoch in range(run.epoch, args.epochs):
@@ -109,40 +95,14 @@ def main(args):
         figures = loops.train_epoch(train, model, smooth, optimizer, args, run)
         distributed.broadcast(network.buffers())
         tested = loops.evaluate(val, distributed.for_evaluation(model), criterion, args, log, run)
-        best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
-        if is_main():
-            report(run, args, lr, figures, tested)
-            if best[1] == epoch + 1:
-                files.save(network.state_dict(), folder / "model_best.pt")
-        tested = {name: tested[name] for name in ("loss", "top1", "top5")}
-        run.epoch_done(best=best, tested=tested)
+        values = trainings.report(run, args, lr, figures, tested, "validation")
+        if is_main() and values["best"][1] == epoch + 1:
+            files.save(network.state_dict(), run.folder / "model_best.pt")
+        run.epoch_done(**values)
 
     if is_main():
-        files.save(network.state_dict(), folder / "weights.pt")
-    best, last = run.values["best"], run.values["tested"]
-    log.info(
-        "best epoch: %d with top-1 %.2f %%: model_best.pt (chosen on these images: not a result)",
-        *best[::-1],
-    )  # fmt: skip
-    log.info(
-        "after the last epoch: top-1 %.2f %%, top-5 %.2f %% (errors %.2f %%, %.2f %%)",
-        last["top1"], last["top5"], 100 - last["top1"], 100 - last["top5"],
-    )  # fmt: skip
-
-
-def report(run, args, lr, figures, tested):
-    """What an epoch gave, in the log and metrics.csv."""
-    epoch = run.epoch
-    run.log.info(
-        "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, validation loss %.4f, top-1 "
-        "%.2f %%, top-5 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
-        epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
-        tested["top1"], tested["top5"],
-        figures["images_per_second"], figures["seconds"], figures["memory_mib"],
-    )  # fmt: skip
-    tested = {f"val_{name}": tested[name] for name in ("loss", "top1", "top5")}
-    row = {"epoch": epoch + 1, "learning_rate": lr, **figures, **tested}
-    run.record(row)
+        files.save(network.state_dict(), run.folder / "weights.pt")
+    trainings.conclude(run, "validation", "model_best.pt")
 
 
 if __name__ == "__main__":

@@ -13,18 +13,12 @@ import shlex
 import sys
 
 import torch
+from torch import nn
 
 import fused
 import utils
 from architect import Architect
-from harness import (
-    costs,
-    data,
-    flags,
-    loops,
-    script,
-    searches,
-)
+from harness import costs, data, flags, loops, script, searches
 from harness.runs import Run
 
 DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, arch_learning_rate=3e-4)
@@ -38,25 +32,14 @@ def flags_of(defaults):
 def get_args():
     parser = flags.Parser(__doc__.split("\n")[0])
     flags.add_common_arguments(parser, batch_size=256)
+    flags.add_learning_arguments(parser, epochs=50, init_channels=16, layers=8, learning_rate=0.1)
+    flags.add_search_arguments(parser, begin=15, k=4, arch_learning_rate=6e-4)
+    flags.add_cutout_arguments(parser)
     parser.set_defaults(seed=2)
     add = parser.add_argument
-    add("--epochs", type=flags.count, default=50, help="epochs of the training half")
-    add("--init_channels", type=flags.count, default=16, help="channels C of the first cell")
-    add("--layers", type=flags.depth, default=8, help="cells")
-    flags.add_search_arguments(parser, begin=15, k=4, arch_learning_rate=6e-4)
-    add("--learning_rate", type=flags.positive, default=0.1, help="of the weights, at first")
-    add("--momentum", type=flags.fraction, default=0.9, help="of the weights' SGD")
-    add("--grad_clip", type=flags.positive, default=5.0, help="norm of the weights' gradient")
     add("--train_portion", type=flags.fraction, default=0.5, help="share of the weights' images")
-    add("--cutout", action="store_true", help="cut a square out of every image")
-    add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
-    add(
-        "--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth in size"
-    )
+    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
     add("--darts", action="store_true", help="the defaults of DARTS: " + flags_of(DARTS))
-    add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
-    flags.add_run_arguments(parser)
     if "--darts" in sys.argv[1:]:
         parser.set_defaults(**DARTS)
     return flags.parse_args(parser)
@@ -74,10 +57,10 @@ def main(args):
     valid = data.Batches(valid_half, **common, **search, seed=args.seed + 1, what="validation half")
     held_out = data.Batches(valid_half, **common, what="validation half")
 
-    model = searches.supernet(args, len(dataset.classes), args.stem)
+    criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
+        model = searches.supernet(args, len(dataset.classes), criterion, args.stem).to(device)
         costs.check_size(model, dataset.train.images.shape[1])
-    model.to(device)
     optimizer = torch.optim.SGD(
         model.weights(),
         args.learning_rate,
@@ -85,7 +68,7 @@ def main(args):
         weight_decay=args.weight_decay,
     )
     architect = Architect(model, args)
-    gradients = fused.Gradients(model, model._criterion, args.amp, not args.no_cuda_graph)
+    gradients = fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, args.epochs, args.learning_rate_min
     )
@@ -96,7 +79,7 @@ def main(args):
     run = Run("search", args, device, parts, **about)
     if run.finished(args):
         return
-    folder, log = run.folder, run.log
+    log = run.log
     log.info(
         "%s: %d classes, %d training and %d validation images of %d x %d",
         args.set, len(dataset.classes), *(len(half.labels) for half in (train_half, valid_half)),
@@ -114,13 +97,13 @@ def main(args):
         figures = loops.search_epoch(
             train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
-        scheduler.step()
         searches.report(run, args, lr, figures, model, held_out)
+        scheduler.step()
         run.epoch_done()
 
-    searches.finish(run, args, model, held_out, "validation half")
+    searches.finish(run, args, model, held_out, "the validation half")
     more = recipe(args, train_half)
-    log.info("train it: python train.py --arch %s%s", shlex.quote(str(folder)), more)
+    log.info("train it: python train.py --arch %s%s", shlex.quote(str(run.folder)), more)
 
 
 def recipe(args, images):

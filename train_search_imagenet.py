@@ -14,36 +14,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 import fused
 import utils
 from architect import Architect
-from harness import (
-    costs,
-    distributed,
-    flags,
-    imagenet,
-    loops,
-    script,
-    searches,
-)
+from harness import costs, distributed, flags, imagenet, loops, script, searches
 from harness.distributed import is_main
 from harness.runs import Run
 
 
 def get_args():
     parser = flags.Parser(__doc__.split("\n")[0])
-    flags.add_imagenet_arguments(parser, init_channels=16, layers=8, epochs=50)
-    add = parser.add_argument
-    add("--split", metavar="FILE", help="list of files of an earlier search, or its folder")
+    flags.add_imagenet_arguments(parser, seed=2, workers=4)
+    flags.add_learning_arguments(parser, epochs=50, init_channels=16, layers=8, learning_rate=0.5)
     flags.add_search_arguments(parser, begin=35, k=2, arch_learning_rate=6e-3)
-    add(
-        "--workers",
-        type=flags.natural,
-        default=4,
-        help="processes that read images, of each GPU",
+    parser.add_argument(
+        "--split", metavar="FILE", help="list of files of an earlier search, or its folder"
     )
-    add("--seed", type=flags.natural, default=2, help="of every random number")
     return flags.parse_args(parser)
 
 
@@ -68,9 +56,10 @@ def main(args):
         parts[1].transformed(imagenet.test_transform(args.input_size)), **common
     )
 
-    model = searches.supernet(args, len(parts[0].classes), "imagenet")
-    fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
+    criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
+        model = searches.supernet(args, len(parts[0].classes), criterion, "imagenet")
+        fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
         costs.check_size(model, args.input_size, fewest)
     model.to(device)
     if args.sync_bn:
@@ -84,7 +73,7 @@ def main(args):
     )
     architect = Architect(model, SimpleNamespace(**vars(args), arch_grad_clip=args.grad_clip))
     gradients = distributed.averaged(
-        fused.Gradients(model, model._criterion, args.amp, not args.no_cuda_graph)
+        fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
     )
     architect.gradients = distributed.averaged(architect.gradients)
 
@@ -125,7 +114,7 @@ def main(args):
         searches.report(run, args, lr, figures, model, held_out, imagenet=True)
         run.epoch_done()
 
-    searches.finish(run, args, model, held_out, "images of alphas and betas")
+    searches.finish(run, args, model, held_out, "the images of alphas and betas")
     log.info(
         "train it: python train_imagenet.py --arch %s --auxiliary --tmp_data_dir %s",
         shlex.quote(str(folder)), shlex.quote(args.tmp_data_dir),

@@ -1,5 +1,7 @@
 """Whether the fast cell is the same function as the cell that it stands for."""
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -71,6 +73,19 @@ def _unknown(paper, fast):
     for name, module in paper.named_modules():
         own = not type(module).__module__.startswith("torch.")
         if own and not any(f"{name}.".startswith(f"{whole}.") for whole in kept):
-            for attribute in vars(module).keys() - KNOWN:
+            for attribute in sorted(vars(module).keys() - KNOWN) + _class_attributes(module):
                 return f"{type(module).__name__}.{attribute}"
     return None
+
+
+def _class_attributes(module):
+    """What the classes of a module hold besides functions: switches that may be set later."""
+    classes = [
+        c for c in type(module).__mro__ if not c.__module__.startswith(("torch.", "builtins"))
+    ]
+    return [
+        name
+        for c in classes
+        for name, value in vars(c).items()
+        if not name.startswith("__") and not inspect.isroutine(value)
+    ]

@@ -168,11 +168,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def parameters(network):
-    """The number of parameters, those of an auxiliary head not counted, as papers give it."""
-    return sum(p.numel() for name, p in network.named_parameters() if "auxiliary_head." not in name)
-
-
 PUBLISHED = {  # C, classes, cells, side of the images
     "cifar": (36, 10, 20, 32), "imagenet": (48, 1000, 14, 224),
 }  # fmt: skip
@@ -183,11 +178,11 @@ def _cost(text, stem):
     *sizes, side = PUBLISHED[stem]
     with torch.device("meta"):  # shapes alone
         network = build(genotypes.parse(text, OPS), *sizes, stem)
-    return parameters(network), multiply_adds(network, side)
+    return utils.count_parameters_in_MB(network), multiply_adds(network, side) / 1e6
 
 
 def derived_cost(genotype, imagenet=False):
-    """(parameters, multiply-adds) of the network of this cell in the size that is published.
+    """Millions of (parameters, multiply-adds) of this cell's network in the published size.
 
     36 channels, 20 cells, 32 pixels, 10 classes; on ImageNet 48, 14, 224 and 1000.
     """
@@ -254,10 +249,10 @@ def main_discrete(args):
         network = build(genotype, *sizes, stem, args.auxiliary)
         check_size(network, side)
         counts = [multiply_adds(network, side, paper=paper) for paper in (False, True)]
-    kept = kept_per_image(network, side)
+    kept, parameters = kept_per_image(network, side), utils.count_parameters_in_MB(network)
     print(
         f"{sizes[0]} channels, {sizes[2]} cells, {side} x {side} pixels, {sizes[1]} classes\n"
-        f"parameters: {parameters(network) / 1e6:.2f} M (an auxiliary head not counted)\n"
+        f"parameters: {parameters:.2f} M (an auxiliary head not counted)\n"
         f"multiply-adds: {counts[0] / 1e6:.2f} M of convolutions and linear layers, "
         f"{counts[1] / 1e6:.2f} M as the paper counts\n"
         f"memory per image in training: {kept / 1e6:.1f} MB kept for the backward pass, float32"

@@ -71,26 +71,72 @@ def add_common_arguments(parser, batch_size):
     add("--seed", type=natural, help="of every random number", default=0)
 
 
-def add_imagenet_arguments(parser, init_channels, layers, epochs):
+def add_imagenet_arguments(parser, seed, workers):
     """The flags that search and training on ImageNet share."""
     add = parser.add_argument
     add("--tmp_data_dir", default="/tmp/cache/", help="folder that holds imagenet/{train,val}")
     add("--input_size", type=count, default=224, help="side of the images in pixels")
     add("--batch_size", type=count, default=1024, help="images in a step, of all GPUs together")
-    add("--epochs", type=count, default=epochs, help="epochs of the training images")
-    add("--init_channels", type=count, default=init_channels, help="channels C of the first cell")
-    add("--layers", type=depth, default=layers, help="cells")
-    add("--learning_rate", type=positive, default=0.5, help="of the weights, at first")
-    add("--momentum", type=fraction, default=0.9, help="of the weights' SGD")
-    add("--grad_clip", type=positive, default=5.0, help="norm of the gradient")
     add("--sync_bn", action="store_true", help="batch statistics over all processes of torchrun")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--gpu", type=natural, help="one GPU; None: all of them, with torchrun one per process")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
     add("--report_freq", type=count, default=100, help="steps between two lines of progress")
-    add("--save", default="EXP", help="name of the run, in the name of its folder")
+    add("--workers", type=natural, default=workers, help="processes that read images, of each GPU")
+    add("--seed", type=natural, default=seed, help="of every random number")
     add("--note", default="try", help="a word for the log")
+
+
+def add_learning_arguments(parser, epochs, init_channels, layers, learning_rate):
+    """The flags that searches and trainings share, on images of any size."""
+    add = parser.add_argument
+    add("--epochs", type=count, default=epochs, help="epochs of the training images")
+    add("--init_channels", type=count, default=init_channels, help="channels C of the first cell")
+    add("--layers", type=depth, default=layers, help="cells")
+    add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
+    add("--momentum", type=fraction, default=0.9, help="of the weights' SGD")
+    add("--grad_clip", type=positive, default=5.0, help="norm of the weights' gradient")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--save", default="EXP", help="name of the run, in the name of its folder")
     add_run_arguments(parser)
+
+
+def add_search_arguments(parser, begin, k, arch_learning_rate):
+    """The flags that the searches share."""
+    add = parser.add_argument
+    add("--begin", type=natural, default=begin, help="epochs before alphas and betas move")
+    add("--k", type=count, default=k, help="1/k of the channels go through the operations")
+    add_variant_arguments(parser)
+    add("--learning_rate_min", type=non_negative, default=0.0, help="and at last (cosine)")
+    add("--weight_decay", type=non_negative, default=3e-4, help="of the weights' SGD")
+    add("--arch_learning_rate", type=positive, default=arch_learning_rate,
+        help="of alphas and betas")  # fmt: skip
+    add("--arch_weight_decay", type=non_negative, default=1e-3, help="of alphas and betas")
+    add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
+    add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
+    add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
+    add("--plain", action="store_true",
+        help="the cells as model_search.py has them, not their fast form: readable, changeable, "
+        "slower")  # fmt: skip
+    add("--validate", action="store_true",
+        help="the supernet's loss and top-1 on the validation half after each epoch, which costs "
+        "a forward pass over it")  # fmt: skip
+
+
+def add_training_arguments(parser, weight_decay, drop_path_prob):
+    """The flags that the trainings of a discrete network share."""
+    add = parser.add_argument
+    add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
+    add("--weight_decay", type=non_negative, default=weight_decay, help="of SGD")
+    add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
+    add("--auxiliary_weight", type=non_negative, default=0.4, help="of its loss")
+    add("--drop_path_prob", type=fraction, default=drop_path_prob, help="at the end; grows from 0")
+
+
+def add_cutout_arguments(parser):
+    """The flags of Cutout, on CIFAR-size images."""
+    add = parser.add_argument
+    add("--cutout", action="store_true", help="cut a square out of every training image")
+    add("--cutout_length", type=count, default=16, help="side of that square in pixels")
 
 
 def add_run_arguments(parser):
@@ -106,22 +152,9 @@ def add_run_arguments(parser):
     )
 
 
-def add_search_arguments(parser, begin, k, arch_learning_rate):
-    """The flags that the searches share, those of their variants among them."""
+def add_variant_arguments(parser):
+    """The flags of the searches' variants."""
     add = parser.add_argument
-    add("--begin", type=natural, default=begin, help="epochs before alphas and betas move")
-    add("--k", type=count, default=k, help="1/k of the channels go through the operations")
-    add("--learning_rate_min", type=non_negative, default=0.0, help="and at last (cosine)")
-    add("--weight_decay", type=non_negative, default=3e-4, help="of the weights' SGD")
-    add("--arch_learning_rate", type=positive, default=arch_learning_rate,
-        help="of alphas and betas")  # fmt: skip
-    add("--arch_weight_decay", type=non_negative, default=1e-3, help="of alphas and betas")
-    add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
-    add("--plain", action="store_true", help="the cells as model_search.py has them: slower")
-    add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
-    add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
-    add("--validate", action="store_true",
-        help="the supernet on the validation images after each epoch: a pass more")  # fmt: skip
     add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
     add("--sampling", default="shuffle", choices=["shuffle", "shift", "random"],
         help="of the channels that the operations of the next node take")  # fmt: skip
@@ -142,8 +175,8 @@ FREE += ("report", "tensorboard", "data", "tmp_data_dir")  # which may have move
 def parse_args(parser):
     """The flags; with --resume FOLDER those of the run in it, as they stand in its args.json.
 
-    Raises UserError where the folder holds no run of this script, and where a flag differs that
-    is not one of FREE.
+    A flag that is newer than the run has its default. Raises UserError where the folder holds no
+    run of this script, and where a flag differs that is not one of FREE.
     """
     args = parser.parse_args()
     if args.resume is None:
@@ -156,8 +189,9 @@ def parse_args(parser):
     if about.get("script") != script:
         raise UserError(f"{args.resume} is a run of {about['script']}.py: resume it with that")
     stored = {name: parser.get_default(name) for name in vars(args)} | about["args"]
-    if set(stored) != set(vars(args)):  # (a flag that was not there yet has its default)
-        name = min(set(stored) ^ set(vars(args)))
+    unknown = set(stored) - set(vars(args))
+    if unknown:
+        name = min(unknown)
         raise UserError(f"{args.resume} is of another version of this code, by its flag --{name}")
     for name, value in vars(given).items():
         if value is not unset and name not in FREE and value != stored[name]:
@@ -183,6 +217,8 @@ def _agreeing(args):
     if getattr(args, "learning_rate_min", 0) > args.learning_rate:
         low, high = args.learning_rate_min, args.learning_rate
         raise UserError(f"--learning_rate_min {low} is above --learning_rate {high}: lower it")
+    if getattr(args, "plain", False) and args.recompute:
+        raise UserError("--recompute is of the fast form: leave it out, or leave out --plain")
     if args.report or args.tensorboard:
         need("--report" if args.report else "--tensorboard", ["matplotlib"])
     if args.tensorboard:

@@ -1,7 +1,6 @@
-"""What the searches share: the supernet that the flags ask for, what an epoch gave, the end."""
+"""What both searches do alike: their supernet, and what they log, record and save."""
 
 import numpy as np
-from torch import nn
 
 import genotypes
 import utils
@@ -9,27 +8,25 @@ from harness import analysis, costs, distributed, files, loops
 from model_search import Network
 
 
-def supernet(args, classes, stem):
-    """The supernet of these flags; UserError where there is none."""
+def supernet(args, classes, criterion, stem):
+    """The Network of a search's flags; ValueError or UserError where there is none such."""
     names = args.primitives and args.primitives.split(",")
     if names and (len(set(names)) < len(names) or set(names) == {"none"}):
         raise utils.UserError(f"--primitives {args.primitives}: give each once, and more than none")
-    if args.plain and args.recompute:
-        raise utils.UserError("--recompute is of the fast form: leave it or --plain out")
-    with utils.user_errors(ValueError):
-        return Network(
-            args.init_channels, classes, args.layers, nn.CrossEntropyLoss(), k=args.k,
-            edge_norm=not args.no_edge_norm, steps=args.steps, multiplier=args.steps, stem=stem,
-            sampling=args.sampling, primitives=names, recompute=args.recompute,
-            fused=not args.plain,
-        )  # fmt: skip
+    return Network(
+        args.init_channels, classes, args.layers, criterion, steps=args.steps,
+        multiplier=args.steps, k=args.k, edge_norm=not args.no_edge_norm, stem=stem,
+        recompute=args.recompute, sampling=args.sampling, primitives=names, fused=not args.plain,
+    )  # fmt: skip
 
 
 def introduce(log, args, model):
     """The first lines of a search's log about its supernet."""
-    form = "the fast form of its cells" if model.fused else "its cells as in model_search.py"
-    weights = utils.count_parameters_in_MB(model)
-    log.info("supernet: %.6f M weights, K = %d, %s", weights, args.k, form)
+    form = "in their fast form" if model.fused else "as model_search.py has them"
+    log.info(
+        "supernet: %.6f M weights, K = %d, cells %s",
+        utils.count_parameters_in_MB(model), args.k, form,
+    )  # fmt: skip
     if args.begin >= args.epochs:
         log.info(
             "alphas and betas never learn: --begin %d is not below --epochs %d, so the genotype "
@@ -57,13 +54,15 @@ def report(run, args, lr, figures, model, held_out, imagenet=False):
         "epoch": epoch + 1, "learning_rate": lr, **figures, "frozen": int(epoch < args.begin),
         **analysis.entropies(model), "skip_connects_normal": skips[0],
         "skip_connects_reduce": skips[1],
-        "parameters_m": parameters / 1e6, "multiply_adds_m": multiply_adds / 1e6,
+        "parameters_m": parameters, "multiply_adds_m": multiply_adds,
     }  # fmt: skip
-    cell = {name: list(value) for name, value in genotype._asdict().items()}
     if args.validate:
-        valid = loops.evaluate(held_out, model, model._criterion, args, run.log, run)
-        row |= {"valid_loss": valid["loss"], "valid_top1": valid["top1"]}
-        run.log.info("validation loss %.4f, top-1 %.2f %%", valid["loss"], valid["top1"])
+        held = loops.evaluate(held_out, model, model._criterion, args, run.log, run)
+        row |= {f"valid_{name}": held[name] for name in ("loss", "top1")}
+        run.log.info(
+            "supernet on the validation half: top-1 %.2f %%, loss %.4f", held["top1"], held["loss"]
+        )
+    cell = {name: list(value) for name, value in genotype._asdict().items()}
     if args.eigenvalue:
         row["eigenvalue"] = float("nan")
         if (epoch + 1) % args.eigenvalue == 0:
@@ -77,15 +76,11 @@ def report(run, args, lr, figures, model, held_out, imagenet=False):
 
 
 def finish(run, args, model, held_out, images):
-    """The end of a search: the supernet's figures, genotype.json, weights.pt; the genotype's line.
-
-    images: what the validation images are called.
-    """
+    """Evaluates the supernet on `held_out`, named `images`; saves its genotype and weights."""
     figures = loops.evaluate(held_out, model, model._criterion, args, run.log, run)
     run.log.info(
-        "supernet on the %s: top-1 %.2f %%, loss %.4f "
-        "(this is not the final accuracy of the cell: train it for that)",
-        images, figures["top1"], figures["loss"],
+        "supernet on %s: top-1 %.2f %%, loss %.4f (this is not the final accuracy of the cell: "
+        "train it for that)", images, figures["top1"], figures["loss"],
     )  # fmt: skip
     genotype = model.genotype(args.max_skip)
     if distributed.is_main():

@@ -138,7 +138,7 @@ def place(tmp_path_factory):
     broken("no_args", lambda folder: (folder / "args.json").unlink())
     broken("cut_args", lambda folder: (folder / "args.json").write_text('{"form'))
     broken("newer_args", arguments(format=99))
-    broken("flag_gone", lambda folder: arguments(args={"epochs": 2})(folder))
+    broken("flag_gone", arguments(gone=1))
     broken("wrong_type", arguments(auxiliary="yes"))
     broken("wrong_value", arguments(layers="many"))
     broken("other_classes", arguments(classes=["a", "b"]))

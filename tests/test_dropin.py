@@ -295,6 +295,15 @@ class Switched(model_search.MixedOp):
         return super().forward(x, weights) * (1 - self.drop)
 
 
+class OfTheClass(model_search.MixedOp):
+    """With a switch of the class."""
+
+    drop = 0.0
+
+    def forward(self, x, weights):
+        return super().forward(x, weights) * (1 - self.drop)
+
+
 class Scaled(model_search.MixedOp):
     """With a weight that changes nothing yet."""
 
@@ -315,7 +324,7 @@ class Failing(model_search.MixedOp):
 
 @pytest.mark.parametrize(
     ("edited", "words"),
-    [(Sharper, "differs by"), (Switched, "Switched.drop"), (Scaled, "state dict"),
+    [(Sharper, "differs by"), (Switched, "Switched.drop"), (OfTheClass, "OfTheClass.drop"), (Scaled, "state dict"),
      (Failing, "maps of 16 x 16, please")],
 )  # fmt: skip
 def test_an_edited_mixed_operation_is_what_runs(edited, words, monkeypatch, caplog):
@@ -385,7 +394,7 @@ def test_a_file_edited_by_hand(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("not in its fast form") == 1
-    assert "its cells as in model_search.py" in done.stdout
+    assert "cells as model_search.py has them" in done.stdout
 
 
 # --- torch.hub ---

@@ -1,0 +1,44 @@
+"""What both trainings do alike: what they log and record."""
+
+import genotypes
+import utils
+
+
+def introduce(run, network, genotype, more=""):
+    """The first lines of a training's log about its network."""
+    run.log.info("network: %.6f M parameters%s", utils.count_parameters_in_MB(network), more)
+    run.log.info("genotype = %s", genotypes.text(genotype))
+
+
+def report(run, args, lr, figures, tested, images):
+    """What an epoch gave, in the log and metrics.csv; images: "test" or "validation".
+
+    Returns what the run keeps: {"best": [top-1, epoch], "tested": figures}.
+    """
+    epoch = run.epoch + 1
+    run.log.info(
+        "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, %s loss %.4f, top-1 %.2f %%, "
+        "top-5 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
+        epoch, args.epochs, lr, figures["loss"], figures["top1"],
+        images, tested["loss"], tested["top1"], tested["top5"],
+        figures["images_per_second"], figures["seconds"], figures["memory_mib"],
+    )  # fmt: skip
+    prefix = "test" if images == "test" else "val"
+    columns = {f"{prefix}_{name}": tested[name] for name in ("loss", "top1", "top5")}
+    run.record({"epoch": epoch, "learning_rate": lr, **figures, **columns})
+    best = max(run.values["best"], [tested["top1"], epoch], key=lambda pair: pair[0])
+    return {"best": best, "tested": columns}
+
+
+def conclude(run, images, kept=""):
+    """The last lines of a training's log; kept: the file with the best epoch's weights."""
+    best = run.values["best"]
+    last = {name.split("_")[-1]: value for name, value in run.values["tested"].items()}
+    run.log.info(
+        "best epoch: %d with top-1 %.2f %%%s (chosen on these images: not a result)",
+        *best[::-1], kept and f": {kept}",
+    )  # fmt: skip
+    run.log.info(
+        "%s accuracy after the last epoch: %.2f %% (error %.2f %%), top-5 %.2f %% (error %.2f %%)",
+        images, last["top1"], 100 - last["top1"], last["top5"], 100 - last["top5"],
+    )  # fmt: skip
