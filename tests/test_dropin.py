@@ -324,8 +324,8 @@ class Failing(model_search.MixedOp):
 
 @pytest.mark.parametrize(
     ("edited", "words"),
-    [(Sharper, "differs by"), (Switched, "Switched.drop"), (OfTheClass, "OfTheClass.drop"), (Scaled, "state dict"),
-     (Failing, "maps of 16 x 16, please")],
+    [(Sharper, "differs by"), (Switched, "Switched.drop"), (OfTheClass, "OfTheClass.drop"),
+     (Scaled, "state dict"), (Failing, "maps of 16 x 16, please")],
 )  # fmt: skip
 def test_an_edited_mixed_operation_is_what_runs(edited, words, monkeypatch, caplog):
     assert build().fused
