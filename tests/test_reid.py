@@ -367,6 +367,14 @@ def test_rerank_is_the_formula_with_sets(k1, k2, weight, memory):
     np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-10)
 
 
+def test_rerank_of_more_copies_of_an_image_than_neighbours():
+    query, gallery = people(2, 8)
+    query, gallery = torch.cat([query, query[:3]]), torch.cat([query[2:3].repeat(9, 1), gallery])
+    got = reid.rerank(query, gallery, 4, 2)
+    want = rerank_by_sets(query, gallery, 4, 2, 0.3)
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-10)
+
+
 def test_rerank_helps_and_its_limits():
     query, gallery = people(0, 30, spread=0.9)
     ids = torch.arange(30)
@@ -461,6 +469,8 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert (epoch_of(one, 2) == epoch_of(other, 2)).all()
     assert (epoch_of(one, 2) != epoch_of(one, 3)).any()
     assert (epoch_of(one, 2) != epoch_of(reid.PKBatches(IDS, 3, 4, seed=2), 2)).any()
+    together = {frozenset(IDS[one.batch(epoch, 0)]) for epoch in range(10)}
+    assert len(together) > 5  # other identities meet in every epoch
     seen = {index for epoch in range(40) for index in epoch_of(one, epoch).flat}
     assert seen == set(range(len(IDS)))
 
@@ -562,6 +572,11 @@ def test_market_errors(market):
         data.read(data.load("market1501", market).query, 8, 4)
     path.rename(path.with_name("0004_c1s1_000001_00.jpg"))
     with one_line(UserError, "no query"):
+        data.load("market1501", market)
+    for path in (market / "query").iterdir():
+        path.rename(path.with_name("0003_c2s1_000001_00.jpg"))
+    (market / "bounding_box_test" / "0003_c12_f0046985.jpg").unlink()
+    with one_line(UserError, "no query has an image by another camera"):
         data.load("market1501", market)
     for path in (market / "query").iterdir():
         path.unlink()
