@@ -5,7 +5,8 @@ from torch import nn
 
 import genotypes
 from model import Cell
-from operations import OPS, without_module_prefix
+from operations import OPS
+from utils import without_module_prefix
 
 LAYERS = (2, 2, 2, 2)  # cells of each stage
 
