@@ -40,7 +40,7 @@ class RetrievalLoss(nn.Module):
 
     def forward(self, outputs, ids):
         embeddings, logits = outputs
-        loss = 0.0
+        loss = 0.0 * logits.sum()  # so that every parameter has a gradient
         if self.weight > 0:
             loss = self.weight * F.cross_entropy(logits, ids, label_smoothing=self.label_smoothing)
         if self.weight < 1:

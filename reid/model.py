@@ -1,7 +1,10 @@
 """The discrete network of Auto-ReID: a ResNet whose residual layers are cells (section 3.1)."""
 
+import copy
+
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import genotypes
 from model import Cell
@@ -85,6 +88,37 @@ class ReIDNetwork(nn.Module):
         embeddings, logits = self.head(out)
         return (embeddings, logits) if self.training else embeddings
 
+    def leaves_out_nodes(self):
+        """Whether a cell's output lacks some of its nodes, which may then learn nothing."""
+        return any(len(cell._concat) < len(cell._ops) // 2 for cell in self.cells)
+
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's; accepts a `module.` prefix."""
         return super().load_state_dict(without_module_prefix(state_dict), strict, assign)
+
+
+def check_size(network, layers, height, width, images):
+    """Raises ValueError where a ReIDNetwork or Supernet cannot read height x width images.
+
+    layers: cells of each stage. images: the fewest in a step.
+    """
+    try:
+        _on_paper(network, images, height, width)
+    except (ValueError, RuntimeError) as error:  # of PyTorch: maps that do not fit together
+        side = 2 ** (len(layers) + 1)  # a quarter behind the stem, and a half with each stage
+        raise ValueError(
+            f"images of {height} x {width}: {str(error).splitlines()[0]}; for {len(layers)} stages "
+            f"give a height of {4 * side} or more and a width, both in steps of {side}"
+        ) from None
+
+
+def multiply_adds(network, height, width):
+    """Those of convolutions and products of matrices for one image, in evaluation."""
+    with FlopCounterMode(display=False) as counter:
+        _on_paper(copy.deepcopy(network).eval(), 1, height, width)
+    return counter.get_total_flops() // 2
+
+
+def _on_paper(network, images, height, width):
+    """A pass of shapes alone, through a copy."""
+    copy.deepcopy(network).to("meta")(torch.empty(images, 3, height, width, device="meta"))
