@@ -191,6 +191,22 @@ def checked(data):
     return data
 
 
+def without_junk(images):
+    """The Images but those of identity -1, which no ranking has."""
+    return select(images, np.flatnonzero(images.ids != -1))
+
+
+def without_match(data):
+    """How many queries have no image by another camera in the gallery."""
+    gallery = set(zip(data.gallery.ids.tolist(), data.gallery.cameras.tolist(), strict=True))
+    cameras = np.unique(data.gallery.cameras).tolist()
+    pairs = zip(data.query.ids.tolist(), data.query.cameras.tolist(), strict=True)
+    return sum(
+        not any((identity, other) in gallery for other in cameras if other != camera)
+        for identity, camera in pairs
+    )
+
+
 def labels(ids):
     """(labels (N,) 0 to classes - 1, identities (classes,)) of ids (N,), for the classifier."""
     identities, numbers = np.unique(ids, return_inverse=True)

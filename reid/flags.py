@@ -3,6 +3,8 @@
 import argparse
 
 from harness import flags
+from harness.files import read_args
+from utils import UserError
 
 from .data import SETS
 
@@ -57,13 +59,37 @@ def add_arguments(parser, epochs, learning_rate):
     flags.add_run_arguments(parser)
 
 
-def parse_args(parser, digits):
-    """flags.parse_args, with other defaults, `digits`, where that is the set."""
+def parse_args(parser, digits, inherited=()):
+    """flags.parse_args, with other defaults, `digits`, where that is the set.
+
+    With --test RUN the `inherited` flags are those of the run where they are not given.
+    """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--set")
-    if known.parse_known_args()[0].set == "digits":
+    if inherited:
+        known.add_argument("--test")
+    given = known.parse_known_args()[0]
+    folder = getattr(given, "test", None)
+    stored = {} if folder is None else _args_of(folder)
+    if (given.set or stored.get("set")) == "digits":
         parser.set_defaults(**digits)
-    return flags.parse_args(parser)
+    # As text, so that argparse checks them as it checks a user's.
+    stored = {name: str(stored[name]) for name in inherited if stored.get(name) is not None}
+    parser.set_defaults(**stored)
+    args = flags.parse_args(parser)
+    if folder is not None and args.resume is not None:
+        raise UserError("--test evaluates, --resume goes on: give one of them")
+    return args
+
+
+def _args_of(folder):
+    about = read_args(folder)
+    if not about:
+        raise UserError(f"--test {folder}: no args.json there; give the folder of a training")
+    if about["script"] != "train_reid":
+        hint = f"train its cell, train_reid.py --arch {folder}"
+        raise UserError(f"{folder} is a run of {about['script']}.py: {hint}")
+    return about["args"]
 
 
 def cross_entropy_weight(args):

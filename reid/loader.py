@@ -1,6 +1,7 @@
 """Loaders: batches of P identities for the steps, and all images once for an evaluation."""
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,9 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from harness import data, distributed, imagenet
-from utils import UserError
+from utils import UserError, user_errors
 
+from . import metrics
 from .data import MEAN, STD, decode
+from .rerank import rerank as reranked
 
 # Zhong et al., Random Erasing Data Augmentation, AAAI 2020; what is cut out is the mean colour.
 ERASING = v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.33))
@@ -126,3 +129,35 @@ def embed(network, images, args, device, run=None):
     order = [range(r, len(images.ids), len(parts)) for r in range(len(parts))]
     result[[i for part in order for i in part]] = whole
     return result.to(device)
+
+
+class Found(NamedTuple):
+    """What a retrieval gave."""
+
+    result: metrics.Retrieval
+    figures: dict  # rank1, rank5, rank10, rank20, mAP in percent
+    distances: object  # of a list of queries: their rows of the matrix
+
+
+def retrieve(network, people, args, device, run=None, rerank=False):
+    """The Found of the queries of `people`, a ReIDSet, in its gallery; the same in all processes.
+
+    args as for `embed`. rerank: by k-reciprocal neighbours.
+    """
+    query, gallery = (embed(network, part, args, device, run) for part in people[1:3])
+    labels = people.query.ids, people.gallery.ids, people.query.cameras, people.gallery.cameras
+
+    def evaluate():
+        with user_errors(ValueError):
+            if rerank:
+                matrix = reranked(query, gallery)
+                return metrics.evaluate(matrix, *labels), lambda rows: matrix[rows]
+            result = metrics.evaluate_embeddings(query, gallery, *labels)
+            return result, lambda rows: metrics.distances(query[rows], gallery)
+
+    if distributed.is_main():
+        result, distances = evaluate()
+    result = distributed.on_main(lambda: result)
+    figures = {f"rank{k}": 100 * float(result.cmc[k - 1]) for k in (1, 5, 10, 20)}
+    figures["mAP"] = 100 * result.mAP
+    return Found(result, figures, distances if distributed.is_main() else None)

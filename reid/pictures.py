@@ -1,9 +1,13 @@
 """Pictures of a retrieval: what the gallery gave for some queries, and CMC curves."""
 
+import numpy as np
 import torch
 
+from harness import drawing, report
+from utils import UserError
+
 from . import metrics
-from .data import decode
+from .data import decode, select
 
 RIGHT, WRONG = "tab:green", "tab:red"
 
@@ -53,3 +57,32 @@ def cmc_curves(results):
     ax.grid(alpha=0.3)
     ax.legend()
     return figure
+
+
+def save(folder, people, found, log, wanted=None, queries=8):
+    """retrieved.png, cmc.png and report.html in the folder of a run that has ended.
+
+    people: data.ReIDSet; found: {name: loader.Found}, the first of which is shown. Some `queries`
+    with a match are drawn, evenly spread. Without matplotlib, and where the pictures are not
+    `wanted` by a flag, a line in the log is all.
+    """
+    try:
+        drawing.figures()
+    except UserError as error:
+        if wanted:
+            raise
+        log.info("no pictures: %s", error)
+        return
+    query, gallery = people.query, people.gallery
+    first = next(iter(found.values()))
+    there = [i for i in range(len(query.ids)) if _has_match(i, query, gallery)]
+    rows = [there[i] for i in np.linspace(0, len(there) - 1, min(queries, len(there))).astype(int)]
+    figure = retrieved(select(query, rows), gallery, first.distances(rows).cpu())
+    drawing.save(figure, folder / "retrieved.png")
+    curves = {name or "embeddings": one.result for name, one in found.items()}
+    drawing.save(cmc_curves(curves), folder / "cmc.png")
+    report.write(report.read(folder), folder / "report.html")
+
+
+def _has_match(i, query, gallery):
+    return bool(((gallery.ids == query.ids[i]) & (gallery.cameras != query.cameras[i])).any())
