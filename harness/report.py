@@ -156,9 +156,10 @@ def headline(run):
             skips = ", {} and {} skip_connects".format(*genotypes.skip_connects(run.genotype))
         return f"Search: training accuracy {values[-1]:.2f} % after epoch {len(values)}{skips}."
     best, last = max(tested, key=values.__getitem__), tested[-1]
+    when = "the last epoch" if last + 1 == len(values) else "epoch"
     name = f"{run.about['result']} " if "result" in run.about else ""
     return (
-        f"Training: {name}{values[last]:.2f} % after epoch {last + 1}; best epoch {best + 1} "
+        f"Training: {name}{values[last]:.2f} % after {when}, {last + 1}; best epoch {best + 1} "
         f"with {values[best]:.2f} % (chosen on these images: not a result)."
     )
 
