@@ -26,7 +26,7 @@ from harness.runs import Run
 from reid import PKBatches, RetrievalLoss, data
 from reid.flags import add_arguments, cross_entropy_weight, parse_args, whole_numbers
 from reid.loader import Loader
-from reid.model import ReIDNetwork, check_size, multiply_adds
+from reid.model import ReIDNetwork, check_size
 from reid.supernet import Supernet
 
 DIGITS = dict(height=64, width=32, layers="1,1,1", init_channels=8, embedding=32, identities=10)
@@ -152,7 +152,6 @@ def report(run, args, lr, figures, model, identities):
         "epoch": epoch, "learning_rate": lr, **figures, "frozen": 0, **analysis.entropies(model),
         "skip_connects_normal": skips[0], "skip_connects_reduce": skips[1],
         "parameters_m": utils.count_parameters_in_MB(derived),
-        "multiply_adds_m": multiply_adds(derived, args.height, args.width) / 1e6,
     }  # fmt: skip
     cell = {"epoch": epoch} | {name: list(value) for name, value in genotype._asdict().items()}
     for name, p in analysis.softmaxes(model).items():
