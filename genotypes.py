@@ -20,7 +20,11 @@ Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 # fmt: off
 PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
               "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
-KNOWN_OPS = (*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7")  # the last two: NASNet and AmoebaNet
+PRIMITIVES_REID = ["none", "skip_connect", "max_pool_3x3", "avg_pool_3x3",
+                   "sep_conv_3x3", "dil_conv_3x3", "part_aware"]
+KNOWN_OPS = (*PRIMITIVES,
+             "sep_conv_7x7", "conv_7x1_1x7",  # of NASNet and AmoebaNet
+             "part_aware")  # of Auto-ReID; `import reid` makes it
 
 NASNet = Genotype(  # Zoph et al., 2018 (NASNet-A), as the DARTS release has it
     normal=[("sep_conv_5x5", 1), ("sep_conv_3x3", 0),
@@ -96,6 +100,42 @@ PC_DARTS_image = Genotype(  # Xu et al., 2020 (PC-DARTS), searched on ImageNet
             ("dil_conv_5x5", 2), ("max_pool_3x3", 1),
             ("sep_conv_3x3", 2), ("sep_conv_3x3", 1),
             ("sep_conv_5x5", 0), ("sep_conv_3x3", 3)],
+    reduce_concat=range(2, 6))
+
+REID_BASELINE = Genotype(  # Quan et al., 2019 (Auto-ReID): searched with classification alone
+    normal=[("dil_conv_3x3", 1), ("dil_conv_3x3", 0),
+            ("dil_conv_3x3", 1), ("sep_conv_3x3", 2),
+            ("dil_conv_3x3", 2), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 2), ("sep_conv_3x3", 3)],
+    normal_concat=range(2, 6),
+    reduce=[("sep_conv_3x3", 1), ("skip_connect", 0),
+            ("max_pool_3x3", 2), ("dil_conv_3x3", 1),
+            ("max_pool_3x3", 0), ("dil_conv_3x3", 2),
+            ("skip_connect", 0), ("dil_conv_3x3", 4)],
+    reduce_concat=range(2, 6))
+
+REID_SPACE = Genotype(  # Quan et al., 2019 (Auto-ReID): the space with part_aware
+    normal=[("dil_conv_3x3", 0), ("skip_connect", 1),
+            ("max_pool_3x3", 2), ("sep_conv_3x3", 0),
+            ("max_pool_3x3", 3), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 2), ("dil_conv_3x3", 3)],
+    normal_concat=range(2, 6),
+    reduce=[("skip_connect", 1), ("part_aware", 0),
+            ("avg_pool_3x3", 2), ("part_aware", 0),
+            ("sep_conv_3x3", 1), ("avg_pool_3x3", 2),
+            ("skip_connect", 4), ("max_pool_3x3", 3)],
+    reduce_concat=range(2, 6))
+
+REID_SEARCH = Genotype(  # Quan et al., 2019 (Auto-ReID): the space and the retrieval loss
+    normal=[("sep_conv_3x3", 0), ("skip_connect", 1),
+            ("dil_conv_3x3", 2), ("dil_conv_3x3", 0),
+            ("dil_conv_3x3", 3), ("sep_conv_3x3", 2),
+            ("dil_conv_3x3", 4), ("dil_conv_3x3", 3)],
+    normal_concat=range(2, 6),
+    reduce=[("max_pool_3x3", 0), ("part_aware", 1),
+            ("sep_conv_3x3", 0), ("dil_conv_3x3", 2),
+            ("dil_conv_3x3", 2), ("max_pool_3x3", 0),
+            ("dil_conv_3x3", 4), ("dil_conv_3x3", 3)],
     reduce_concat=range(2, 6))
 
 PCDARTS = PC_DARTS_cifar

@@ -12,7 +12,8 @@ class Gradients:
     On a GPU the forward and backward pass of each kind of batch is captured in a CUDA graph after
     WARM_UP calls, and replayed from then on: one launch instead of thousands. A batch of another
     size, such as the last of an epoch, runs as it would without. amp: bfloat16 where autocast has
-    it. Without a criterion the loss is model._loss(input, target), and stands for the logits too.
+    it. Of a model with several outputs the last are the logits.
+    Without a criterion the loss is model._loss(input, target), and stands for the logits too.
     """
 
     WARM_UP = 3
@@ -57,6 +58,7 @@ class Gradients:
                 else:
                     logits = self.model(input)
                     loss = self.criterion(logits, target)
+                    logits = logits[-1] if isinstance(logits, tuple) else logits
             gradients = torch.autograd.grad(loss * scale, wanted, materialize_grads=True)
         return loss.detach(), logits.detach(), list(gradients)
 

@@ -16,7 +16,7 @@ COLOURS = {
 }  # fmt: skip
 OTHERS = ("#332288", "#882255", "#117733", "#999933", "#aa4499", "#44aa99")
 FONT, NODE_HEIGHT, LABEL_HEIGHT, GAP = 6, 0.18, 0.15, 0.07  # points; inches
-SPACE = 0.2  # between ranks
+SPACE = 0.18  # between ranks
 
 
 def figures():

@@ -152,20 +152,27 @@ def search_step(train, valid, weights, gradients, architect, optimizer, args):
     return loss, logits, norm
 
 
-def train_epoch(loader, model, criterion, optimizer, args, run):
+def classify(model, criterion, x, y, args):
+    """(loss, logits) of a discrete network, the auxiliary head's loss added."""
+    logits, logits_aux = model(x)
+    loss = criterion(logits, y)
+    if args.auxiliary:
+        loss = loss + args.auxiliary_weight * criterion(logits_aux, y)
+    return loss, logits
+
+
+def train_epoch(loader, model, criterion, optimizer, args, run, forward=classify):
     """One epoch of a discrete network; returns the training figures as a dict.
 
-    args: auxiliary, auxiliary_weight, amp, grad_clip, report_freq. run: a runs.Run.
+    args: amp, grad_clip, report_freq, and those of `forward`, which gives loss and logits of a
+    batch. run: a runs.Run.
     """
     model.train()
     figures = Figures("train", loader, args.report_freq, run.log, run)
     for x, y in figures.steps():
         optimizer.zero_grad()
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
-            logits, logits_aux = model(x)
-            total = criterion(logits, y)
-            if args.auxiliary:
-                total = total + args.auxiliary_weight * criterion(logits_aux, y)
+            total, logits = forward(model, criterion, x, y, args)
         (total * distributed.share(len(y), loader.device)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()

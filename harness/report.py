@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,12 @@ class Record(NamedTuple):
 
     @property
     def accuracy(self):
-        """The column whose last value is the result: on the test images, of a search training."""
+        """The column whose last value is the result: on the test images, of a search training.
+
+        A script may name another in args.json, whose values may be NaN where nothing was tested.
+        """
+        if "result" in self.about:
+            return self.about["result"]
         if self.is_search:
             return "top1"
         return "val_top1" if "imagenet" in self.about["script"] else "test_top1"
@@ -108,6 +114,10 @@ def write(run, path):
         parts.append("<p>No epoch is done yet.</p>")
     for title, (explanation, figure) in pictures(run).items():
         parts.append(f"<h2>{title.capitalize()}</h2><p>{explanation}</p>{image(figure, title)}")
+    for picture in sorted(run.folder.glob("*.png")):  # that the script left there
+        content = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<h2>{picture.stem.capitalize()}</h2><img alt="{picture.stem}" '
+                     f'src="data:image/png;base64,{content}">')  # fmt: skip
     if run.genotype is not None:
         parts.append(f"<pre>{html.escape(genotypes.text(run.genotype))}</pre>")
     page(path, name, parts)
@@ -137,16 +147,19 @@ def pictures(run):
 def headline(run):
     """The result in a sentence."""
     values = run.column(run.accuracy)
-    if not values:
+    tested = [i for i, value in enumerate(values) if not math.isnan(value)]
+    if not tested:
         return "Nothing is measured yet."
     if run.is_search:
         skips = ""
         if run.genotype is not None:
             skips = ", {} and {} skip_connects".format(*genotypes.skip_connects(run.genotype))
         return f"Search: training accuracy {values[-1]:.2f} % after epoch {len(values)}{skips}."
-    best = max(range(len(values)), key=values.__getitem__)
+    best, last = max(tested, key=values.__getitem__), tested[-1]
+    when = "the last epoch" if last + 1 == len(values) else "epoch"
+    name = f"{run.about['result']} " if "result" in run.about else ""
     return (
-        f"Training: {values[-1]:.2f} % after the last epoch, {len(values)}; best epoch {best + 1} "
+        f"Training: {name}{values[last]:.2f} % after {when}, {last + 1}; best epoch {best + 1} "
         f"with {values[best]:.2f} % (chosen on these images: not a result)."
     )
 
@@ -226,13 +239,19 @@ def curves(run):
             label = "test" if other == "test_" else "validation"
             line(axis, run.column(other + name), label, ORANGE)
         axis.set_title(title)
-    if tested:
-        values = run.column(run.accuracy)
-        best = max(range(len(values)), key=values.__getitem__)
+    values = run.column(run.accuracy)
+    measured = [i for i, value in enumerate(values) if not math.isnan(value)]
+    if "result" in run.about:
+        accuracy.plot([i + 1 for i in measured], [values[i] for i in measured], color=ORANGE,
+                      linewidth=1.1, label=run.accuracy)  # fmt: skip
+        accuracy.set_title("%")
+    if tested and measured:
+        best = max(measured, key=values.__getitem__)
         accuracy.plot(best + 1, values[best], "^", color=RED, markersize=4,
                       label=f"best: {values[best]:.2f} %")  # fmt: skip
-        accuracy.plot(len(values), values[-1], "s", color=GREEN, markersize=4,
-                      label=f"last: {values[-1]:.2f} %")  # fmt: skip
+        last = measured[-1]
+        accuracy.plot(last + 1, values[last], "s", color=GREEN, markersize=4,
+                      label=f"last: {values[last]:.2f} %")  # fmt: skip
     shade(rate, run)
     line(rate, run.column("learning_rate"), None, BLUE)
     rate.set_title("learning rate")

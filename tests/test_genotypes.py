@@ -13,7 +13,10 @@ import pytest
 import genotypes
 from genotypes import Genotype, GenotypeError, check, from_json, load, parse, save, text, to_json
 
-NAMED = "NASNet AmoebaNet DARTS_V1 DARTS_V2 PC_DARTS_cifar PC_DARTS_image PCDARTS DARTS".split()
+NAMED = (
+    "NASNet AmoebaNet DARTS_V1 DARTS_V2 PC_DARTS_cifar PC_DARTS_image "
+    "REID_BASELINE REID_SPACE REID_SEARCH PCDARTS DARTS"
+).split()
 
 # As the released code prints them (shared with golden/eval.npz).
 PC_DARTS_CIFAR = (
@@ -54,6 +57,9 @@ def test_names_stand_in_the_order_of_definition():
     assert " ".join(genotypes.PRIMITIVES) == (
         "none max_pool_3x3 avg_pool_3x3 skip_connect "
         "sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5"
+    )
+    assert " ".join(genotypes.PRIMITIVES_REID) == (
+        "none skip_connect max_pool_3x3 avg_pool_3x3 sep_conv_3x3 dil_conv_3x3 part_aware"
     )
 
 

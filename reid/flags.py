@@ -1,0 +1,97 @@
+"""The flags that the two scripts share, and what they mean."""
+
+import argparse
+
+from harness import flags
+from harness.files import read_args
+from utils import UserError
+
+from .data import SETS
+
+
+def stages(text):
+    """An argparse type: cells of each stage, as 2,2,2,2; the text as it is."""
+    for cells in text.split(","):
+        flags.depth(cells)
+    return text
+
+
+def whole_numbers(text):
+    """(2, 2, 2, 2) of 2,2,2,2."""
+    return tuple(int(number) for number in text.split(",") if number)
+
+
+def milestones(text):
+    """An argparse type: epochs, as 40,70, or nothing; the text as it is."""
+    for epoch in text.split(",") if text else ():
+        flags.count(epoch)
+    return text
+
+
+def add_arguments(parser, epochs, learning_rate):
+    """What search and training share."""
+    add = parser.add_argument
+    add("--data", default="../data", help="folder of the data set")
+    add("--set", default="market1501", choices=SETS, help="form of the data; digits needs no files")
+    add("--height", type=flags.count, default=384, help="of the images, in pixels")
+    add("--width", type=flags.count, default=128, help="of the images, in pixels")
+    add("--identities", type=flags.count, default=16, help="P: identities in a step")
+    add("--instances", type=flags.count, default=4, help="images of each of them in a step")
+    add("--loss", default="retrieval", choices=["retrieval", "ce"], help="ce: classification alone")
+    add(
+        "--ce_weight", "--lambda", dest="ce_weight", type=flags.fraction, default=0.5,
+        help="lambda: weight of the cross entropy; that of the triplets is 1 - lambda",
+    )  # fmt: skip
+    add("--margin", type=flags.non_negative, default=0.3, help="of a triplet, in distance")
+    add("--epochs", type=flags.count, default=epochs, help="each has every identity once")
+    add("--init_channels", type=flags.count, default=64, help="channels C of the first stage")
+    add("--layers", type=stages, default="2,2,2,2", help="cells of each stage")
+    add("--embedding", type=flags.count, default=512, help="numbers of an embedding")
+    add("--learning_rate", type=flags.positive, default=learning_rate, help="of the weights")
+    add("--grad_clip", type=flags.positive, default=5.0, help="norm of the weights' gradient")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--workers", type=flags.natural, default=4, help="processes that read images, of each GPU")
+    add("--gpu", type=flags.natural, default=0, help="which GPU, where there is one")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    add("--report_freq", type=flags.count, default=50, help="steps between two lines of progress")
+    add("--seed", type=flags.natural, default=0, help="of every random number")
+    add("--save", default="REID", help="name of the run, in the name of its folder")
+    flags.add_run_arguments(parser)
+
+
+def parse_args(parser, digits, inherited=()):
+    """flags.parse_args, with other defaults, `digits`, where that is the set.
+
+    With --test RUN the `inherited` flags are those of the run where they are not given.
+    """
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--set")
+    if inherited:
+        known.add_argument("--test")
+    given = known.parse_known_args()[0]
+    folder = getattr(given, "test", None)
+    stored = {} if folder is None else _args_of(folder)
+    if (given.set or stored.get("set")) == "digits":
+        parser.set_defaults(**digits)
+    # As text, so that argparse checks them as it checks a user's.
+    stored = {name: str(stored[name]) for name in inherited if stored.get(name) is not None}
+    parser.set_defaults(**stored)
+    args = flags.parse_args(parser)
+    if folder is not None and args.resume is not None:
+        raise UserError("--test evaluates, --resume goes on: give one of them")
+    return args
+
+
+def _args_of(folder):
+    about = read_args(folder)
+    if not about:
+        raise UserError(f"--test {folder}: no args.json there; give the folder of a training")
+    if about["script"] != "train_reid":
+        hint = f"train its cell, train_reid.py --arch {folder}"
+        raise UserError(f"{folder} is a run of {about['script']}.py: {hint}")
+    return about["args"]
+
+
+def cross_entropy_weight(args):
+    """lambda; 1 where classification is all."""
+    return 1.0 if args.loss == "ce" else args.ce_weight

@@ -1,0 +1,124 @@
+"""The discrete network of Auto-ReID: a ResNet whose residual layers are cells (section 3.1)."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import genotypes
+from model import Cell
+from operations import OPS
+from utils import without_module_prefix
+
+LAYERS = (2, 2, 2, 2)  # cells of each stage
+
+
+def reductions(layers=LAYERS):
+    """Which cells reduce: the first of every stage but the first, counted from 0."""
+    if not layers or min(layers) < 1:
+        raise ValueError(f"layers {tuple(layers)}: give one cell or more a stage")
+    return tuple(sum(layers[:stage]) for stage in range(1, len(layers)))
+
+
+def stem(C):
+    """(N, 3, H, W) to (N, C, H / 4, W / 4): 7x7 convolution, norm, ReLU, pool, as a ResNet's."""
+    return nn.Sequential(
+        nn.Conv2d(3, C, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(C),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+
+
+class Head(nn.Module):
+    """(N, C, H, W) to embeddings (N, embedding) and logits (N, num_classes).
+
+    Global average pool, linear and norm, classifier.
+    """
+
+    def __init__(self, C, num_classes, embedding):
+        super().__init__()
+        self.linear = nn.Linear(C, embedding, bias=False)  # the norm has one
+        self.bn = nn.BatchNorm1d(embedding)
+        self.classifier = nn.Linear(embedding, num_classes)
+
+    def forward(self, x):
+        embeddings = self.bn(self.linear(x.mean((2, 3))))
+        return embeddings, self.classifier(embeddings)
+
+
+class ReIDNetwork(nn.Module):
+    """The network of a genotype: stem, four stages of cells, global average pool, embedding.
+
+    C: channels of a node in the first stage, which each later stage doubles, and of the stem.
+    layers: cells a stage. drop_path_prob is an attribute to be set before each epoch.
+    Raises ValueError where a stage is empty, GenotypeError (a ValueError) where `check` does.
+    """
+
+    def __init__(self, C, num_classes, layers, genotype, embedding=512):
+        super().__init__()
+        reduce_at = reductions(layers)
+        genotype = genotypes.check(genotype, OPS)
+        self.drop_path_prob = 0.0
+        self.stem = stem(C)
+        self.cells = nn.ModuleList()
+        C_prev_prev, C_prev, reduction_prev = C, C, False
+        for i in range(sum(layers)):
+            reduction = i in reduce_at
+            C *= 2 if reduction else 1
+            cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
+            self.cells.append(cell)
+            reduction_prev = reduction
+            C_prev_prev, C_prev = C_prev, cell.C_out
+        self.head = Head(C_prev, num_classes, embedding)
+
+    def forward(self, x):
+        """(embeddings (N, embedding), logits (N, num_classes)) of x (N, 3, H, W).
+
+        In evaluation the embeddings alone. Raises ValueError where a map to be halved is odd, and
+        where a map is too low for part_aware.
+        """
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        s0 = s1 = self.stem(x)
+        for cell in self.cells:
+            out = cell(s0, s1, self.drop_path_prob)
+            s0, s1 = s1, out.relu()  # a Cell takes ReLU'd states, as the stem's is
+        embeddings, logits = self.head(out)
+        return (embeddings, logits) if self.training else embeddings
+
+    def leaves_out_nodes(self):
+        """Whether a cell's output lacks some of its nodes, which may then learn nothing."""
+        return any(len(cell._concat) < len(cell._ops) // 2 for cell in self.cells)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As nn.Module's; accepts a `module.` prefix."""
+        return super().load_state_dict(without_module_prefix(state_dict), strict, assign)
+
+
+def check_size(network, layers, height, width, images):
+    """Raises ValueError where a ReIDNetwork or Supernet cannot read height x width images.
+
+    layers: cells of each stage. images: the fewest in a step.
+    """
+    try:
+        _on_paper(network, images, height, width)
+    except (ValueError, RuntimeError) as error:  # of PyTorch: maps that do not fit together
+        side = 2 ** (len(layers) + 1)  # a quarter behind the stem, and a half with each stage
+        raise ValueError(
+            f"images of {height} x {width}: {str(error).splitlines()[0]}; for {len(layers)} stages "
+            f"give a height of {4 * side} or more and a width, both in steps of {side}"
+        ) from None
+
+
+def multiply_adds(network, height, width):
+    """Those of convolutions and products of matrices for one image, in evaluation."""
+    with FlopCounterMode(display=False) as counter:
+        _on_paper(copy.deepcopy(network).eval(), 1, height, width)
+    return counter.get_total_flops() // 2
+
+
+def _on_paper(network, images, height, width):
+    """A pass of shapes alone, through a copy."""
+    copy.deepcopy(network).to("meta")(torch.empty(images, 3, height, width, device="meta"))

@@ -1,0 +1,260 @@
+"""Auto-ReID's scripts as processes, on the digits and on a folder in Market-1501's form."""
+
+import csv
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import genotypes
+from reid import PKBatches, data
+from reid.flags import whole_numbers
+from reid.loader import Loader
+from reid.losses import RetrievalLoss
+from reid.supernet import Supernet
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL = "--layers 1,1,1 --init_channels 6 --embedding 8 --height 64 --width 32 --workers 1"
+SMALL += " --identities 4 --instances 2 --report_freq 1 --save_every 0.00001"
+DIGITS = f"{SMALL} --set digits"
+SEARCH = f"train_search_reid.py {DIGITS} --epochs 2 --first_order"
+TRAIN = f"train_reid.py {DIGITS} --epochs 3 --eval_freq 2 --warm_up 1 --drop_path_prob 0.3"
+
+
+def start(command, cwd, processes=None):
+    script, *flags = command.split()
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes else []), ROOT / script, *flags], cwd=cwd,
+        text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(command, cwd, processes=None, code=0):
+    process = start(command, cwd, processes)
+    output = process.communicate()[0]
+    assert process.returncode == code, output
+    return output
+
+
+def only(cwd, pattern):
+    [folder] = cwd.glob(pattern)
+    return folder
+
+
+def rows(folder):
+    varying = ("seconds", "images_per_second", "memory_mib")
+    table = csv.DictReader((folder / "metrics.csv").open())
+    return [{name: row[name] for name in row if name not in varying} for row in table]
+
+
+def assert_same_end(one, other):
+    first, second = (torch.load(folder / "weights.pt") for folder in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert rows(one) == rows(other)
+
+
+def market(root, identities=6, per_camera=2, shape=(16, 8)):
+    """A folder in Market-1501's form of grey bands, a shade for each identity."""
+    draw = np.random.default_rng(0)
+    for part in ("bounding_box_train", "query", "bounding_box_test"):
+        (root / part).mkdir(parents=True)
+        for i in range(1, identities + 1):
+            for camera in (1, 2):
+                for n in range(per_camera):
+                    image = draw.integers(0, 60, (*shape, 3)) + 30 * i
+                    name = f"{i:04d}_c{camera}s1_{n:06d}_00.jpg"
+                    Image.fromarray(image.astype(np.uint8)).save(root / part / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with an undisturbed search and training: search-whole-*, eval-whole-*."""
+    cwd = tmp_path_factory.mktemp("reid")
+    (cwd / "search.txt").write_text(run(f"{SEARCH} --save whole", cwd))
+    arch = only(cwd, "search-whole-*")
+    (cwd / "train.txt").write_text(run(f"{TRAIN} --arch {arch} --save whole --rerank", cwd))
+    return cwd
+
+
+def test_a_search(whole):
+    folder, output = only(whole, "search-whole-*"), (whole / "search.txt").read_text()
+    genotype = genotypes.load(str(folder), genotypes.PRIMITIVES_REID)
+    printed = [line for line in output.splitlines() if "genotype = " in line][-1]
+    assert genotypes.parse(printed, genotypes.PRIMITIVES_REID) == genotype
+    assert '"primitives"' in (folder / "genotype.json").read_text()
+    assert "721 images for the weights, 716 for alphas" in output
+    assert [float(row["learning_rate"]) for row in rows(folder)] == pytest.approx([0.1, 0.0505])
+    state = torch.load(folder / "weights.pt")
+    assert state["alphas_normal"].shape == (14, 7) and "betas_normal" not in state
+    assert all(state[f"alphas_{kind}"].abs().max() > 0.05 for kind in ("normal", "reduce"))
+
+
+def test_a_training(whole):
+    folder, output = only(whole, "eval-whole-*"), (whole / "train.txt").read_text()
+    names = ("rank1", "rank5", "rank10", "rank20", "mAP")
+    first, *tested = ([float(row[name]) for name in names] for row in rows(folder))
+    assert all(map(math.isnan, first))
+    assert all(0 < row[-1] <= 100 and row[:4] == sorted(row[:4]) for row in tested)
+    assert f"after the last epoch: mAP {tested[1][4]:.2f} %, rank-1 {tested[1][0]:.2f} %" in output
+    assert "re-ranked: mAP" in output
+    again = run(f"train_reid.py --test {folder} --rerank", whole).splitlines()
+    figures = [line.split("mAP")[1] for line in output.splitlines() if "after the last" in line]
+    assert [line.split("mAP")[1] for line in again if "mAP" in line] == figures
+    rates = [float(row["learning_rate"]) for row in rows(folder)]
+    assert rates == pytest.approx([0.001, 0.01, 0.01])
+
+
+def test_pictures_of_a_run(whole):
+    pytest.importorskip("matplotlib")
+    folder = only(whole, "eval-whole-*")
+    with Image.open(folder / "retrieved.png") as picture:
+        assert min(picture.size) > 300
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "normal cell" in page.lower()
+    assert "Training: rank1" in page
+
+
+@pytest.mark.parametrize("command", [SEARCH, TRAIN], ids=["search", "training"])
+def test_a_run_told_to_end_goes_on_to_the_bit(whole, tmp_path, command):
+    kind = "search" if "search" in command else "eval"
+    if kind == "eval":
+        command += f" --rerank --arch {only(whole, 'search-whole-*')}"
+    process = start(f"{command} --save told", tmp_path)
+    for line in process.stdout:
+        if re.search("step 0 of ", line):  # in the middle of an epoch, behind a checkpoint
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    folder = only(tmp_path, f"{kind}-told-*")
+    assert f"go on with --resume {folder.name}" in output
+    output = run(f"{command.split()[0]} --resume {folder} --workers 0", tmp_path)
+    assert re.search(r"resumed .* after epoch \d of \d and [123] steps", output), output
+    assert_same_end(only(whole, f"{kind}-whole-*"), folder)
+
+
+def test_two_processes(whole, tmp_path):
+    output = run(f"{SEARCH} --epochs 1 --save two", tmp_path, 2)
+    assert "2 processes" in output and len(re.findall("epoch 1 of 1", output)) == 1
+    arch = only(tmp_path, "search-two-*")
+    output = run(f"{TRAIN} --epochs 1 --arch {arch} --save two", tmp_path, 2)
+    folder = only(tmp_path, "eval-two-*")
+    again = run(f"train_reid.py --test {folder}", tmp_path)  # one process finds the same
+    figures = [text.splitlines()[-1].split("mAP")[1] for text in (output, again)]
+    assert figures[0] == figures[1]
+    again = run(f"train_reid.py --test {folder}", tmp_path, 2)
+    assert figures[0] in again
+
+
+def test_a_folder_in_market_form(tmp_path):
+    market(tmp_path / "data")
+    flags = f"{SMALL} --data data --epochs 1"
+    output = run(f"train_search_reid.py {flags} --instances 2 --k 2 --loss ce", tmp_path)
+    assert "6 identities; 12 images for the weights, 12 for alphas" in output
+    assert "betas_normal" in torch.load(only(tmp_path, "search-*") / "weights.pt")
+    (tmp_path / "data" / "query" / "0077_c1s1_000000_00.jpg").write_bytes(
+        next((tmp_path / "data" / "query").glob("0001*")).read_bytes()
+    )
+    output = run(f"train_reid.py {flags} --arch REID_SPACE --amp --schedule cosine", tmp_path)
+    assert "1 queries have no image by another camera" in output
+
+
+BAD = {
+    "no set": ("train_reid.py --data nowhere", "nowhere is no folder"),
+    "another space": ("train_reid.py --set digits --arch PC_DARTS_cifar", "sep_conv_5x5"),
+    "too small": ("train_search_reid.py --set digits --height 32", "32 x 32"),
+    "too small to train": (f"{TRAIN} --height 16 --arch REID_SEARCH", "16 x 32"),
+    "odd": (f"{TRAIN} --height 72 --width 36 --arch REID_SEARCH", "72 x 36"),
+    "too many identities": (f"{SEARCH} --identities 11", "11 identities is more than the 10"),
+    "lambda": (f"{SEARCH} --lambda 1.5", "--lambda"),
+    "layers": (f"{SEARCH} --layers 2,x", "--layers"),
+    "empty stage": (f"{SEARCH} --layers 2,0", "--layers"),
+    "test of nothing": ("train_reid.py --test nowhere", "no args.json"),
+    "k": (f"{SEARCH} --k 5", "5"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_flags_are_one_line(tmp_path, name):
+    command, words = BAD[name]
+    assert_one_line(run(command, tmp_path, code=2), words, tmp_path)
+
+
+def assert_one_line(output, words, cwd):
+    [line] = [line for line in output.splitlines() if "error" in line]
+    assert words in line and "Traceback" not in output
+    assert not [*cwd.glob("search-*"), *cwd.glob("eval-*")]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda d: [p.unlink() for p in (d / "query").iterdir()], "no query images"),
+        (lambda d: os.rename(d / "query", d / "other"), "no folder query"),
+        (lambda d: (d / "query" / "name.jpg").write_text(""), "not named PID_cCAMERA"),
+        (lambda d: [p.unlink() for p in d.glob("*/*_c2s*")], "of camera 1"),
+        (lambda d: [p.unlink() for p in sorted(d.glob("bounding_box_train/0003*"))[1:]],
+         "identity 3 has one image"),
+        (lambda d: [p.unlink() for p in d.glob("bounding_box_train/000[3456]*")], "than the 2"),
+        (lambda d: next((d / "bounding_box_train").iterdir()).write_text("x"), "no intact image"),
+    ],
+    ids=["empty", "missing", "name", "camera", "single", "few", "damaged"],
+)  # fmt: skip
+def test_wrong_data_is_one_line(tmp_path, spoil, words):
+    market(tmp_path / "data")
+    spoil(tmp_path / "data")
+    command = f"train_reid.py {SMALL} --data data --epochs 1 --arch REID_SEARCH"
+    assert_one_line(run(command, tmp_path, code=2), words, tmp_path)
+
+
+def test_loader_goes_on_where_it_was():
+    people = data.load("digits")
+    labels, _ = data.labels(people.train.ids)
+
+    def make():
+        batches = PKBatches(people.train.ids, 3, 2, seed=1)
+        device = torch.device("cpu")
+        return Loader(people.train, labels, batches, (16, 8), device, 0, flip=True, erase=True)
+
+    one, other = make(), make()
+    expected = [[x for x, _ in one] for _ in range(2)]
+    assert len(expected[0]) == 4 and not torch.equal(expected[0][0], expected[1][0])
+    steps = other.forever()
+    for _ in range(6):
+        next(steps)
+    torch.rand(3)  # which moves nothing
+    third = make()
+    third.load_state_dict(other.state_dict())
+    rest = [x for x, _ in third]
+    assert len(rest) == 2 and all(map(torch.equal, rest, expected[1][2:]))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_supernet_is_the_same_in_both_forms(k):
+    x, y = torch.randn(6, 3, 64, 32).double(), torch.tensor([0, 0, 1, 1, 2, 2])
+    losses, state = [], None
+    for fused in (False, True):
+        torch.manual_seed(0)
+        network = Supernet(12, 3, whole_numbers("1,2,1"), RetrievalLoss(), k, 5, fused).double()
+        assert network.fused == fused
+        state = network.state_dict() if state is None else state
+        network.load_state_dict(state)
+        embeddings, logits = network(x)
+        assert embeddings.shape == (6, 5) and logits.shape == (6, 3)
+        loss = network._loss(x, y)
+        gradients = torch.autograd.grad(loss, network.arch_parameters())
+        losses.append([loss, *gradients])
+    torch.testing.assert_close(losses[1], losses[0])
+    assert len(network.new().arch_parameters()) == (2 if k == 1 else 4)
