@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def cost(expected, actual, target, unpruned, tolerance=0.05):
-    """The term of the architecture loss that drives the multiply-adds to `target` (TAS, section 3.1).
+    """The term that drives the multiply-adds to `target` (TAS, section 3.1).
 
     expected: tensor, E, the expected multiply-adds; actual: F, those of the network that argmax
     gives now; target: R; unpruned: those of the whole network; all in millions.

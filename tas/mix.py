@@ -8,8 +8,8 @@ statistics of a batch belong to a channel, whichever norm reads it, so with z = 
     M = w_i CWI_ij diag(gamma_i) + w_j CWI_ji diag(gamma_j),
     b = w_i CWI_ij beta_i + w_j CWI_ji beta_j.
 
-M is C x C and b has C entries: one batch norm without weights gives z, one product the rest. Maps lie
-in memory with their channels last, so that this product, as one row a pixel, needs no copy.
+M is C x C and b has C entries: one batch norm without weights gives z, one product the rest. Maps
+lie in memory with their channels last, so that this product, a row a pixel, needs no copy.
 """
 
 from typing import NamedTuple
@@ -29,18 +29,33 @@ class Mix(NamedTuple):
     width: int
 
 
-def mixed(y, mix, width=None):
-    """M y + b: (N, mix.width, H, W) -> (N, width or mix.width, H, W), zeros beyond mix.width."""
-    width = mix.width if width is None else width
-    M = mix.matrix[:width, : mix.width]
-    b = None if mix.bias is None else mix.bias[:width]
-    return F.linear(y.permute(0, 2, 3, 1), M, b).permute(0, 3, 1, 2)
+def mixed(y, mix, shortcut=None, relu=False):
+    """M y + b, plus `shortcut`, then ReLU: (N, mix.width, H, W) -> (N, the wider's, H, W).
+
+    The narrower is added to the first channels of the wider.
+    """
+    N, _, H, W = y.shape
+    width = mix.width if shortcut is None else max(mix.width, shortcut.shape[1])
+    out = torch.addmm(mix.bias[:width], rows(y), mix.matrix[:width, : mix.width].T)  # (NHW, width)
+    # in place before it is seen as a map: autograd copies a tensor that is changed through a view
+    if shortcut is not None:
+        C = shortcut.shape[1]
+        out += rows(shortcut) if width == C else F.pad(rows(shortcut), (0, width - C))
+    if relu:
+        out = F.relu(out, inplace=True)
+    return out.view(N, H, W, width).permute(0, 3, 1, 2)
 
 
-def normalized(y, eps):
-    """z = (y - mean) / std over the batch; and the mean and the unbiased variance (C)."""
-    mean, var = torch.zeros_like(y[0, :, 0, 0]), torch.ones_like(y[0, :, 0, 0])
-    z = F.batch_norm(y, mean, var, training=True, momentum=1.0, eps=eps)
+def rows(x):
+    """(N, C, H, W) -> (N H W, C), without a copy where the channels lie last in memory."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def normalized(y, norm):
+    """z = (y - mean) / std over the batch with the eps of `norm`; (mean, unbiased variance) (C)."""
+    C = y.shape[1]
+    mean, var = norm.running_mean.new_zeros(C), norm.running_var.new_zeros(C)
+    z = F.batch_norm(y, mean, var, training=True, momentum=1.0, eps=norm.eps)
     return z, (mean, var)
 
 
@@ -81,23 +96,26 @@ class WidthNorms(nn.Module):
         return list(map(Mix, matrix, bias, widths))
 
     def _all(self, convs, name):
-        return torch.cat([getattr(bn, name) for conv in convs for bn in conv.BNs])
+        """(K, sum of the choices): a row holds all norms of a convolution."""
+        values = torch.cat([getattr(bn, name) for conv in convs for bn in conv.BNs])
+        return values.view(len(convs), -1)
 
     def _drawn(self, convs, name, index):
-        rows = self._all(convs, name).view(len(convs), -1)
-        return rows.gather(1, self.entry[index].flatten(1)).view(len(convs), 2, -1)
+        """(K, 2, C): of the two drawn norms of each convolution."""
+        entries = self.entry[index].flatten(1)
+        return self._all(convs, name).gather(1, entries).view(len(convs), 2, -1)
 
     @torch.no_grad()
     def track(self, convs, index, statistics):
         """Moves the running statistics of the drawn norms to the batch's (mean, variance)."""
         norms = [bn for conv in convs for bn in conv.BNs]
-        drawn = F.one_hot(index, len(self.choices)).sum(1)  # (K, 8) of 0 and 1
+        drawn = index.new_zeros(len(index), len(self.choices)).scatter_(1, index, 1)  # (K, 8)
         rate = norms[0].momentum * drawn[:, self.choice].to(norms[0].running_mean.dtype)
         C = max(self.choices)
-        for name, values in zip(("running_mean", "running_var"), zip(*statistics, strict=True)):
-            batch = torch.stack([F.pad(value, (0, C - len(value))) for value in values])
-            rows = self._all(convs, name).view(len(convs), -1)
-            rows = rows.lerp(batch[:, self.channel], rate)
-            parts = rows.flatten().split([bn.num_features for bn in norms])
+        for which, name in enumerate(("running_mean", "running_var")):
+            batch = [F.pad(pair[which], (0, C - len(pair[which]))) for pair in statistics]
+            batch = torch.stack(batch)[:, self.channel]  # (K, all norms' channels)
+            moved = self._all(convs, name).lerp(batch, rate)
+            parts = moved.flatten().split([bn.num_features for bn in norms])
             torch._foreach_copy_([getattr(bn, name) for bn in norms], parts)
         torch._foreach_add_([bn.num_batches_tracked for bn in norms], drawn.flatten().unbind())

@@ -18,8 +18,8 @@ class SearchNetwork(nn.Module):
     Raises ValueError for a depth that is not 6n + 2.
 
     static: all maps of `search` keep their full width, zeros beyond the drawn one, and nothing
-    waits for the draw; None does so where the attentions are not on the CPU. On the CPU the maps
-    are as wide as drawn, which saves work. The figures are the same.
+    waits for the draw; else they are as wide as drawn, which saves work but needs the draw in
+    Python. None: as wide as drawn on the CPU, static elsewhere. The figures are the same.
     """
 
     def __init__(self, depth, num_classes, search_depth=False, static=None):
@@ -45,6 +45,7 @@ class SearchNetwork(nn.Module):
         self.classifier = nn.Linear(C_in, num_classes)
         choices = [shapes.width_choices(C) for C in shapes.full_channels(depth)[1:]]
         self.register_buffer("choices", torch.tensor(choices), False)  # (L, 8)
+        self.register_buffer("after", torch.tensor(self.depth_choices) - 1, False)  # these blocks
         self.full_widths = [row[-1] for row in choices]
         self.apply(initialize)
 
@@ -91,7 +92,7 @@ class SearchNetwork(nn.Module):
         return F.linear(features, weight, self.classifier.bias), expected
 
     def _widths(self, index):
-        """Channels of each convolution's output in this pass, in Python: L integers."""
+        """Channels of each convolution's output in this pass: L integers."""
         static = self.static
         if static is None:
             static = index.device.type != "cpu"
@@ -100,42 +101,46 @@ class SearchNetwork(nn.Module):
         return self.choices.gather(1, index).amax(1).tolist()
 
     def _search_stage(self, x, stage, index, weights, widths, depth_weights):
-        """The stem, if it is stage 0, and the blocks of a stage."""
-        n, norms = self.n, self.norms[stage]
-        rows = list(range(2 * n * stage + 1, 2 * n * (stage + 1) + 1))  # of the attentions
-        convs = [conv for block in self._blocks(stage) for conv in (block.conv_a, block.conv_b)]
-        if stage == 0:
-            rows, convs = [0, *rows], [self.layers[0], *convs]
-        else:
-            rows, convs = [rows[1], *rows], [self._blocks(stage)[0].downsample, *convs]
-        index, weights, widths = index[rows], weights[rows], [widths[row] for row in rows]
+        """One stage's blocks, after the stem if it is the first, and the choice of its depth."""
+        blocks, norms = self.blocks_of(stage), self.norms[stage]
+        start, end = 1 + 2 * self.n * stage, 1 + 2 * self.n * (stage + 1)  # of the attentions' rows
+        # before the blocks' convolutions comes the stem or, as wide as conv_b, the first shortcut's
+        before = 0 if stage == 0 else start + 1
+        convs = [self.layers[0] if stage == 0 else blocks[0].downsample]
+        convs += [conv for block in blocks for conv in (block.conv_a, block.conv_b)]
+        index = torch.cat([index[before : before + 1], index[start:end]])  # (K, 2)
+        weights = torch.cat([weights[before : before + 1], weights[start:end]])
+        widths = [widths[before], *widths[start:end]]
         first, *mixes = norms(convs, index, weights, widths)
-        statistics = []
 
-        if stage == 0:
-            x = F.relu(self.layers[0].search(x, first, statistics), inplace=True)
-        maps = []
-        for number, block in enumerate(self._blocks(stage)):
-            shortcut = x
-            if number == 0 and stage > 0:
-                shortcut = block.downsample.search(x, first, statistics)
-            x = block.search(x, shortcut, *mixes[2 * number : 2 * number + 2], statistics)
+        maps, statistics = [], []
+        shortcut = convs[0].search(x, first, statistics, relu=stage == 0)
+        x = shortcut if stage == 0 else x
+        for block, mix_a, mix_b in zip(blocks, mixes[0::2], mixes[1::2], strict=True):
+            x = shortcut = block.search(x, shortcut, mix_a, mix_b, statistics)
             maps.append(x)
         if self.training:
             norms.track(convs, index, statistics)
         if depth_weights is None:
             return x
+        # the sum of a residual is as wide as the widest before: its place among the choices
+        outputs = index[0::2].amax(1).cummax(0).values[1:]
+        return self._weighted_depths(maps, outputs, norms.cwi, depth_weights)
 
-        # a sum of a residual is as wide as the widest map so far: so is its place among the choices
-        outputs = index[0::2].amax(1).cummax(0).values[1:]  # conv_b's, after the stem's or shortcut's
-        after = [count - 1 for count in self.depth_choices]
-        interpolations = norms.cwi[outputs[after], outputs[-1]] * depth_weights[:, None, None]
-        return sum(
-            mixed(maps[block], Mix(matrix, None, maps[block].shape[1]), x.shape[1])
-            for block, matrix in zip(after, interpolations, strict=True)
-        )
+    def _weighted_depths(self, maps, outputs, cwi, depth_weights):
+        """Sum of the maps after each choice of blocks, interpolated to the widest, the last.
 
-    def _blocks(self, stage):
+        outputs: (n), the place of each map's width among the choices of widths.
+        """
+        total, no_bias = None, cwi.new_zeros(cwi.shape[-1])
+        matrices = depth_weights[:, None, None] * cwi[outputs[self.after], outputs[-1:]]
+        for count, matrix in reversed(list(zip(self.depth_choices, matrices, strict=True))):
+            x = maps[count - 1]
+            total = mixed(x, Mix(matrix, no_bias, x.shape[1]), total)
+        return total
+
+    def blocks_of(self, stage):
+        """The blocks of a stage (0, 1 or 2)."""
         return self.layers[1 + stage * self.n : 1 + (stage + 1) * self.n]
 
     def expected_multiply_adds(self, size=(32, 32)):
@@ -144,35 +149,32 @@ class SearchNetwork(nn.Module):
         A convolution counts with the expected widths of its input and output, by softmax of the
         attentions; a block with the probability that its stage is deep enough to have it.
         """
-        height, width = size
-        n, stages = self.n, torch.arange(3, device=self.choices.device)
+        n = self.n
         C = (F.softmax(self.width_attentions, dim=1) * self.choices).sum(1)  # (L), E[C_out]
-        pixels = height * width // 4**stages  # (3)
-        convs = 9 * C[:-1] * C[1:]  # but the stem's
-        blocks = convs.view(3, n, 2).sum(2)
-        C_before = torch.stack([C[2 * n], C[4 * n]])  # the stage's input, the shortcut's
-        C_after = torch.stack([C[2 * n + 2], C[4 * n + 2]])
-        shortcuts = F.pad(C_before * C_after, (1, 0))  # none in stage 0
-        blocks = blocks + F.pad(shortcuts[:, None], (0, n - 1))
+        C_in, C_out = C[:-1].view(3, n, 2), C[1:].view(3, n, 2)  # of conv_a and conv_b
+        blocks = (9 * C_in * C_out).sum(2)  # (3, n), a pixel
+        shortcuts = C_in[1:, :1, 0] * C_out[1:, :1, 1]  # of the first blocks of stages 1 and 2
+        blocks = blocks + F.pad(shortcuts, (0, n - 1, 1, 0))
         if self.depth_attentions is not None:
             blocks = blocks * self._probability_of_blocks()
-        count = (blocks.sum(1) * pixels).sum() + 9 * 3 * C[0] * height * width
+        pixels = size[0] * size[1]
+        count = 9 * 3 * C[0] * pixels
+        for stage in range(3):
+            count = count + blocks[stage].sum() * (pixels // 4**stage)
         return (count + C[-1] * self.classifier.out_features) / 1e6
 
     def _probability_of_blocks(self):
-        """(3, n): that a stage has at least so many blocks; those up to a choice share one."""
-        probability = F.softmax(self.depth_attentions, dim=1)
-        at_least = probability.flip(1).cumsum(1).flip(1)
-        counts = [0, *self.depth_choices]
-        group = [
-            choice
-            for choice in range(len(self.depth_choices))
-            for _ in range(counts[choice], counts[choice + 1])
+        """(3, n): that a stage is so deep; the blocks between two choices share the deeper's."""
+        at_least = F.softmax(self.depth_attentions, dim=1).flip(1).cumsum(1).flip(1)
+        counts = zip([0, *self.depth_choices], self.depth_choices, strict=False)
+        parts = [
+            at_least[:, choice : choice + 1].expand(3, count - previous)
+            for choice, (previous, count) in enumerate(counts)
         ]
-        return at_least[:, group]
+        return torch.cat(parts, dim=1)
 
     def derive(self):
-        """The network of the largest attentions: channels (`depth`, 3 first), blocks (3) or None."""
+        """Network of the largest attentions: channels (depth), 3 first, and blocks (3) or None."""
         channels = self.choices.gather(1, self.width_attentions.argmax(1, keepdim=True))
         blocks = None
         if self.depth_attentions is not None:
@@ -197,12 +199,9 @@ class Block(nn.Module):
         return F.relu(x + shortcut, inplace=True)
 
     def search(self, x, shortcut, mix_a, mix_b, statistics):
-        """As WidthConv.search, plus `shortcut`; the narrower is added to the wider's first."""
-        x = F.relu(self.conv_a.search(x, mix_a, statistics), inplace=True)
-        C = shortcut.shape[1]
-        x = self.conv_b.search(x, mix_b, statistics, max(mix_b.width, C))
-        x[:, :C] += shortcut
-        return F.relu(x, inplace=True)
+        """The block with what `mix_a` and `mix_b` make of its convolutions."""
+        x = self.conv_a.search(x, mix_a, statistics, relu=True)
+        return self.conv_b.search(x, mix_b, statistics, shortcut, relu=True)
 
 
 class WidthConv(nn.Module):
@@ -219,15 +218,16 @@ class WidthConv(nn.Module):
         x = self.conv(F.avg_pool2d(x, 2) if self.pool else x)
         return self.BNs[-1](x) if norm else x
 
-    def search(self, x, mix, statistics, width=None):
-        """(N, up to C_in, H, W) -> (N, width or mix.width, ...); the batch's go to `statistics`.
+    def search(self, x, mix, statistics, shortcut=None, relu=False):
+        """(N, up to C_in, H, W) -> (N, mix.width or shortcut's, ...), see `mixed`.
 
-        Missing input channels are zeros: their part of the convolution's weight is left out.
+        Missing input channels are zeros: their part of the convolution's weight is left out. In
+        training mode the batch's (mean, variance) is appended to `statistics`.
         """
         x = F.avg_pool2d(x, 2) if self.pool else x
         weight = self.conv.weight[: mix.width, : x.shape[1]]
         y = F.conv2d(x, weight, None, self.conv.stride, self.conv.padding)
         if self.training:
-            y, of_batch = normalized(y, self.BNs[0].eps)
+            y, of_batch = normalized(y, self.BNs[0])
             statistics.append(of_batch)
-        return mixed(y, mix, width)
+        return mixed(y, mix, shortcut, relu)

@@ -1,7 +1,6 @@
-"""What can be chosen: the CIFAR ResNet of a depth, its widths and depths, and what a network costs."""
+"""What can be chosen: the widths and depths of the CIFAR ResNet."""
 
 import itertools
-
 
 STAGES = (16, 32, 64)  # channels of the three stages (He et al. 2016, section 4.2)
 SHARES = tuple(tenths / 10 for tenths in range(3, 11))  # of a convolution's channels
@@ -30,8 +29,7 @@ def depth_choices(n):
 def full_channels(depth):
     """Channels of the unpruned network: the image's 3, then each convolution's, `depth` in all."""
     n = blocks_per_stage(depth)
-    first, *others = STAGES
-    return [3, first, *itertools.chain(*([C] * 2 * n for C in STAGES))]
+    return [3, STAGES[0], *itertools.chain(*([C] * 2 * n for C in STAGES))]
 
 
 def check_images(size):
