@@ -1,106 +1,11 @@
 """The architecture step: Adam on alphas and betas, first or second order (DARTS, section 2.3)."""
 
-import warnings
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-import distributed
-
-
-class Gradients:
-    """Gradients of criterion(model(input), target) for some tensors, and no others.
-
-    On a GPU the forward and backward pass of each kind of batch is captured in a CUDA graph after
-    WARM_UP calls, and replayed from then on: one launch instead of thousands. A batch of another
-    size, such as the last of an epoch, runs as it would without. amp: bfloat16 where autocast has
-    it. Without a criterion the loss is model._loss(input, target), and stands for the logits too.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, model, criterion=None, amp=False, graphs=True):
-        self.model, self.criterion, self.amp, self.graphs = model, criterion, amp, graphs
-        self.calls, self.captured, self.stream = {}, {}, None
-
-    def __call__(self, wanted, input, target):
-        """(loss, logits, gradients): gradients of the tensors `wanted`, a list, in its order.
-
-        With many processes the gradients are those of the mean over the images of all of them.
-        """
-        share = distributed.share(len(target), input.device)
-        loss, logits, gradients = self._local(wanted, input, target, share)
-        return loss, logits, distributed.average(gradients)
-
-    def _local(self, wanted, input, target, share):
-        """Of this process; the gradients are those of share * loss."""
-        if not self.graphed(input):
-            return self._compute(wanted, input, target, share)
-        key = (tuple(map(id, wanted)), input.shape, self.model.training)
-        calls = self.calls[key] = self.calls.get(key, 0) + 1
-        if calls <= self.WARM_UP:
-            return self._aside(wanted, input, target, share)
-        if key not in self.captured:
-            try:
-                self.captured[key] = self._capture(wanted, input, target)
-            except RuntimeError as error:
-                self.graphs = False
-                warnings.warn(f"no CUDA graph ({error}): going on without", stacklevel=2)
-                return self._compute(wanted, input, target, share)
-        graph, own_input, own_target, results = self.captured[key]
-        own_input.copy_(input)
-        own_target.copy_(target)
-        graph.replay()
-        loss, logits, gradients = results  # which the next replay overwrites
-        return loss.clone(), logits.clone(), [gradient * share for gradient in gradients]
-
-    def graphed(self, input):
-        synchronized = getattr(self.model, "sync_bn", False)  # messages within the pass
-        return self.graphs and input.device.type == "cuda" and not synchronized
-
-    def _compute(self, wanted, input, target, share=1.0):
-        kept = {id(tensor) for tensor in wanted}
-        everything = [*self.model.parameters(), *self.model.arch_parameters()]
-        with frozen([tensor for tensor in everything if id(tensor) not in kept]):
-            with torch.autocast(input.device.type, torch.bfloat16, enabled=self.amp):
-                if self.criterion is None:
-                    loss = logits = self.model._loss(input, target)
-                else:
-                    logits = self.model(input)
-                    loss = self.criterion(logits, target)
-            gradients = torch.autograd.grad(loss * share, wanted, materialize_grads=True)
-        return loss.detach(), logits.detach(), list(gradients)
-
-    def _aside(self, *batch):
-        """On a stream of its own, as a capture needs it of the calls before."""
-        self.stream = self.stream or torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            results = self._compute(*batch)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return results
-
-    def _capture(self, wanted, input, target):
-        own = input.clone(), target.clone()
-        graph = torch.cuda.CUDAGraph()
-        pool = next((entry[0].pool() for entry in self.captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            results = self._compute(wanted, *own)
-        return graph, *own, results
-
-
-@contextmanager
-def frozen(tensors):
-    """Within it these leaf tensors require no gradient, so that none is computed for them."""
-    learning = [tensor for tensor in tensors if tensor.requires_grad]
-    try:
-        for tensor in learning:
-            tensor.requires_grad_(False)
-        yield
-    finally:
-        for tensor in learning:
-            tensor.requires_grad_()
+from fused import Gradients
 
 
 class Architect:
@@ -209,42 +114,6 @@ class Architect:
             yield
         finally:
             _copy(kept, buffers)
-
-
-def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
-    """The eigenvalue of largest size of the Hessian of the loss in alpha, by power iteration.
-
-    Its growth announces that a search collapses (Zela et al., ICLR 2020, section 4). The product of
-    the Hessian with a unit vector v is the difference of two gradients, at alpha +- step * v. A
-    step below 0.03 sees little but the kinks of ReLU and max pooling: measured on the digits, 0.1
-    and 0.3 agree within 6 % in a trained supernet, within 20 % before. With the statistics of the
-    batch; alphas, running statistics and random numbers stay as they are.
-    """
-    alphas = [tensor for tensor in model.arch_parameters() if tensor.dim() == 2]
-    gradients, training = Gradients(model, graphs=False), model.training
-    architect_like = [buffer for buffer in model.buffers() if not buffer.requires_grad]
-    kept = [tensor.detach().clone() for tensor in [*alphas, *architect_like]]
-    generator = torch.Generator().manual_seed(0)
-    v = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a in alphas]
-    model.train()
-    try:
-        for _ in range(iterations):
-            norm = torch.stack([part.norm() for part in v]).norm()
-            if not norm > 0:
-                return 0.0
-            v = [part / norm for part in v]
-            sides = []
-            for sign in (1, -1):
-                there = [a + sign * step * part for a, part in zip(kept, v)]  # noqa: B905
-                _copy(there, alphas)
-                sides.append(gradients(alphas, input, target)[2])
-            product = [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
-            value = sum((p * part).sum() for p, part in zip(product, v, strict=True))
-            v = product
-        return float(value)  # the Rayleigh quotient
-    finally:
-        _copy(kept, [*alphas, *architect_like])
-        model.train(training)
 
 
 @torch.no_grad()

@@ -10,14 +10,13 @@
 
 Both sides run in one process, in turns; a row is the median of --repeats runs, with the fastest
 and the slowest. Prints Markdown and writes the same figures to --json. The other side is
-tests/textbook.py. What was measured on which machine stands in BENCHMARKS.md.
+the paper's form of the supernet, Network(fused=False). What was measured stands in BENCHMARKS.md.
 """
 
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,18 +29,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import data
-import engine
+import fused
 import genotypes
-import imagenet
 import utils
-from architect import Architect, Gradients
+from architect import Architect
+from harness import costs, data, flags, imagenet, loops, script
 from model import NetworkCIFAR
 from model_search import Network
-
-sys.path.insert(0, str(Path(__file__).parent / "tests"))
-import measure
-import textbook
 
 IMAGES, EPOCHS, FROZEN = 25_000, 50, 15  # of the published CIFAR-10 search: half, epochs, --begin
 CRITERION = nn.CrossEntropyLoss()
@@ -52,23 +46,27 @@ SETTINGS = SimpleNamespace(  # of the published search
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     kinds = ["supernet", "search", "train", "data", "files", "cost", "all"]
     add("what", nargs="?", default="all", choices=kinds, help="which of the tables")
-    add("--batch_size", type=utils.count, help="images in a step; None: 256 on a GPU, 64 on a CPU")
-    add("--repeats", type=utils.count, default=5, help="runs of each side, after one to warm up")
-    add("--init_channels", type=utils.count, default=16, help="channels C of the supernet")
-    add("--layers", type=utils.depth, default=8, help="cells of the supernet")
+    add(
+        "--batch_size",
+        type=flags.count,
+        help="images in a step; None: 256 on a GPU, 64 on a CPU",
+    )
+    add("--repeats", type=flags.count, default=5, help="runs of each side, after one to warm up")
+    add("--init_channels", type=flags.count, default=16, help="channels C of the supernet")
+    add("--layers", type=flags.depth, default=8, help="cells of the supernet")
     add("--images", metavar="DIR", help="of files: folder of classes; None: made for it, 500 x 375")
     add("--json", default="benchmark.json", help="file for the figures")
-    add("--gpu", type=utils.natural, default=0, help="which GPU, where there is one")
+    add("--gpu", type=flags.natural, default=0, help="which GPU, where there is one")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
     return parser.parse_args()
 
 
 def main(args):
-    args.device = utils.choose_device(args)
+    args.device = flags.choose_device(args)
     args.batch_size = args.batch_size or (256 if args.device.type == "cuda" else 64)
     tables = {"supernet": supernet, "search": search, "train": train}
     tables |= {"data": loaders, "files": files, "cost": cost}
@@ -98,9 +96,9 @@ def supernet(args):
     old, new, again = sides(args, recompute=(False, True))
     x, y = batch(args, args.batch_size)
     runs = {
-        "textbook, float32": (old, False), "ours, float32": (new, False),
+        "plain, float32": (old, False), "ours, float32": (new, False),
         "ours, float32, --recompute": (again, False),
-        "textbook, bfloat16": (old, True), "ours, bfloat16 (--amp)": (new, True),
+        "plain, bfloat16": (old, True), "ours, bfloat16 (--amp)": (new, True),
     }  # fmt: skip
     steps = {name: forward_backward(*run, x, y) for name, run in runs.items()}
     times = in_turns(steps, args)
@@ -110,13 +108,13 @@ def supernet(args):
     for name, (network, amp) in runs.items():
         step = forward_backward(network, amp, *few)
         loss = loss_of(network, amp, x, y)
-        moved = measure.bytes_moved(step) / len(few[0]) * len(x)
+        moved = costs.bytes_moved(step) / len(few[0]) * len(x)
         rows.append(
             {
                 "side": name,
-                **timing(times[name], times[f"textbook, {name.split(', ')[1].split()[0]}"]),
-                "MB kept per image": measure.bytes_kept(loss, network.parameters()) / len(x) / 1e6,
-                "aten calls": measure.aten_calls(step).total(),
+                **timing(times[name], times[f"plain, {name.split(', ')[1].split()[0]}"]),
+                "MB kept per image": costs.bytes_kept(loss, network.parameters()) / len(x) / 1e6,
+                "aten calls": costs.aten_calls(step).total(),
                 "peak memory, MiB": peak(args, network, amp),
                 "floor: bytes moved / copy speed, s": moved / bandwidth,
             }
@@ -135,7 +133,7 @@ def search(args):
                 "ours": OurSearch(args, new, unrolled, amp).step,
                 "ours, alphas and betas frozen": OurSearch(args, new, None, amp).step,
             }
-            times = in_turns(steps, args, warm_up=1 + Gradients.WARM_UP)
+            times = in_turns(steps, args, warm_up=1 + fused.Gradients.WARM_UP)
             frozen = statistics.median(times["ours, alphas and betas frozen"])
             order = "second order" if unrolled else "first order"
             for name, seconds in times.items():
@@ -155,7 +153,8 @@ def train(args):
     """Steps of the discrete network: plain (a ReLU in each operation, NCHW) against ours."""
     size = args.batch_size if args.device.type == "cuda" else max(1, args.batch_size // 4)
     new = NetworkCIFAR(36, 10, 20, False, genotypes.PCDARTS)
-    old = textbook.DiscreteNetwork(36, 10, 20, genotypes.PCDARTS)
+    old = NetworkCIFAR(36, 10, 20, False, genotypes.PCDARTS)
+    old.layout = torch.contiguous_format
     old.load_state_dict(new.state_dict())
     x, y = batch(args, size)
     steps = {}
@@ -260,7 +259,7 @@ def cost(args):
             network = Network(C, 10, args.layers, CRITERION, k=k).to(args.device)
         x, y = batch(args, size)
         times = in_turns({"ours": forward_backward(network, False, x, y)}, args)["ours"]
-        kept = measure.bytes_kept(loss_of(network, False, x, y), network.parameters()) / 1e6
+        kept = costs.bytes_kept(loss_of(network, False, x, y), network.parameters()) / 1e6
         median = statistics.median(times)
         row = {
             "K": k,
@@ -274,14 +273,13 @@ def cost(args):
 
 
 def sides(args, recompute=(False,)):
-    """The textbook's supernet and ours, one for each of `recompute`, on the device."""
+    """The plain supernet and ours, one for each of `recompute`, on the device."""
     make = dict(C=args.init_channels, num_classes=10, layers=args.layers, criterion=CRITERION)
     with utils.user_errors(ValueError):
         ours = [Network(**make, recompute=again) for again in recompute]
-    old = textbook.Network(**make).to(args.device)
-    for name in ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"):
-        setattr(old, name, getattr(ours[0], name).detach().to(args.device).requires_grad_())
-    return [old, *(network.to(args.device) for network in ours)]
+    old = Network(**make, fused=False)
+    old.load_state_dict(ours[0].state_dict())
+    return [network.to(args.device) for network in (old, *ours)]
 
 
 def loss_of(network, amp, x, y):
@@ -373,7 +371,7 @@ class ReleasedSearch:
 
 
 class OurSearch:
-    """Search steps of engine.search_epoch; unrolled=None: weights only, as while frozen."""
+    """Search steps of loops.search_epoch; unrolled=None: weights only, as while frozen."""
 
     def __init__(self, args, network, unrolled, amp):
         self.network, self.unrolled = network, unrolled
@@ -383,12 +381,12 @@ class OurSearch:
         self.optimizer, _ = optimizers(self.weights, network.arch_parameters())
         self.args = SimpleNamespace(**vars(SETTINGS), amp=amp, unrolled=unrolled)
         self.architect = Architect(network, self.args)
-        self.gradients = Gradients(network, CRITERION, amp)
+        self.gradients = fused.Gradients(network, CRITERION, amp)
 
     def step(self):
         valid = None if self.unrolled is None else next(self.valid)
         both = self.architect, self.optimizer
-        engine.search_step(next(self.train), valid, self.weights, self.gradients, *both, self.args)
+        loops.search_step(next(self.train), valid, self.weights, self.gradients, *both, self.args)
 
 
 def optimizers(weights, arch):
@@ -494,7 +492,7 @@ def peak(args, network, amp):
         return torch.cuda.max_memory_allocated(args.device) / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         again = getattr(network, "_arguments", {}).get("recompute", False)
-        which = (not isinstance(network, textbook.Network), again, amp)
+        which = (network.fused, again, amp)
         return pool.apply(
             _peak_of_process, (args.batch_size, args.init_channels, args.layers, *which)
         )
@@ -544,4 +542,4 @@ def _shown(value):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import genotypes
-import measure
 import utils
+from harness import costs, files, flags, script
 from model import build
 from operations import OPS
 
@@ -25,11 +25,11 @@ TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", help="folder of a training; its last weights are taken")
     add("--out", help="folder for the files; None: the run's own")
-    add("--batch_size", type=utils.count, default=8, help="images for the check and the latency")
+    add("--batch_size", type=flags.count, default=8, help="images for the check and the latency")
     return parser.parse_args()
 
 
@@ -45,7 +45,7 @@ class Logits(nn.Module):
 
 
 def main(args):
-    utils.need("export", ["onnx", "onnxscript", "onnxruntime"], "requirements-export.txt")
+    flags.need("export", ["onnx", "onnxscript", "onnxruntime"], "requirements-export.txt")
     folder = Path(args.run)
     network, size = load(folder)
     out = Path(args.out or folder).expanduser()
@@ -75,7 +75,7 @@ def main(args):
 
 def load(folder):
     """(the network of a run in evaluation, with one output, on the CPU; side of its images)."""
-    about = utils.read_args(folder)
+    about = files.read_args(folder)
     if about.get("script") not in ("train", "train_imagenet"):
         raise utils.UserError(f"{folder} is no run of train.py or train_imagenet.py: give one")
     args, classes = about["args"], about.get("classes", [])
@@ -88,8 +88,8 @@ def load(folder):
     path, auxiliary = folder / "weights.pt", args.get("auxiliary") is True
     with utils.user_errors(ValueError):  # a GenotypeError too
         network = build(genotypes.load(folder, OPS), *sizes, stem, auxiliary)
-        measure.check_size(network.eval(), side)
-    utils.load_weights(network, utils.load(path), path)
+        costs.check_size(network.eval(), side)
+    files.load_weights(network, files.load(path), path)
     network.auxiliary_head = None
     return Logits(network).eval(), side
 
@@ -134,4 +134,4 @@ def latency(run, images, repeats=5):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

@@ -6,17 +6,14 @@ double the channels. NetworkCIFAR and NetworkImageNet differ in the stem and the
 The state dicts have the names and shapes of the published networks', in the same order.
 """
 
-import copy
-import functools
-
 import torch
 from torch import nn
 from torchvision.ops import stochastic_depth
 
 import genotypes
-import measure
-import utils
-from operations import OPS, FactorizedReduce, Identity, ReLUConvBN, without_module_prefix
+from harness import costs
+from operations import OPS, FactorizedReduce, Identity, ReLUConvBN
+from utils import without_module_prefix
 
 
 class Cell(nn.Module):
@@ -40,11 +37,11 @@ class Cell(nn.Module):
         self.C_out = len(self._concat) * C
 
     def forward(self, s0, s1, drop_path_prob):
-        """(N, C_out, H, W) of s0 and s1, the ReLU'd outputs of the two cells before.
+        """(N, C_out, H, W) of s0 and s1, the outputs of the two cells before.
 
         A reduction cell halves H and W. drop_path_prob: in training, of each op but an Identity.
         """
-        states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
         for i in range(0, len(self._ops), 2):
             first = self._edge(i, states, drop_path_prob)
             second = self._edge(i + 1, states, drop_path_prob)
@@ -89,9 +86,7 @@ class AuxiliaryHead(nn.Module):
                 f"a map of {x.shape[2]} x {x.shape[3]} is too small for the auxiliary head: "
                 f"give images of {size} x {size} or more, or train without it"
             )
-        return self.classifier(
-            self.features(x).mean((2, 3))
-        )  # README, difference 8  # 1 x 1 at the published sizes
+        return self.classifier(self.features(x).mean((2, 3)))  # README, difference 8
 
 
 class DiscreteNetwork(nn.Module):
@@ -101,8 +96,12 @@ class DiscreteNetwork(nn.Module):
     them by name, C_stem: the channels these give, stem_stride: side of the image over side of the
     map behind them. head: stride and norm of the AuxiliaryHead. drop_path_prob is an attribute to
     be set before each epoch.
+    layout: the memory format of all maps; None: channels_last on a CPU, where it is 1.4 to 1.7
+    times as fast, and that of the images elsewhere.
     Raises ValueError for fewer than 3 layers, GenotypeError (a ValueError) where `check` does.
     """
+
+    layout = None
 
     def __init__(
         self, C, num_classes, layers, auxiliary, genotype, stems, C_stem, stem_stride, head
@@ -140,16 +139,16 @@ class DiscreteNetwork(nn.Module):
         x: (N, 3, H, W). Raises ValueError where a map to be halved is odd, and where images are too
         small for the auxiliary head.
         """
-        if x.device.type == "cpu":  # 1.4 to 1.7 times as fast; elsewhere the caller's layout stays
-            x = x.contiguous(memory_format=torch.channels_last)
+        layout = self.layout or (torch.channels_last if x.device.type == "cpu" else None)
+        if layout is not None:
+            x = x.contiguous(memory_format=layout)
         s0, s1 = self.stem_states(x)
         logits_aux = None
         for i, cell in enumerate(self.cells):
-            out = cell(s0, s1, self.drop_path_prob)
-            s0, s1 = s1, out.relu()  # once for both cells that read it
+            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
             if i == self._head_cell and self.training and self.auxiliary_head is not None:
-                logits_aux = self.auxiliary_head(out)
-        return self.classifier(self.global_pooling(out).flatten(1)), logits_aux
+                logits_aux = self.auxiliary_head(s1)
+        return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux
 
     def leaves_out_nodes(self):
         """Whether a cell's output lacks some of its nodes, which may then learn nothing."""
@@ -172,8 +171,8 @@ class NetworkCIFAR(DiscreteNetwork):
         )
 
     def stem_states(self, x):
-        """The ReLU'd inputs of the first cell, one map twice: (N, 3C, H, W)."""
-        s = self.stem(x).relu()
+        """The inputs of the first cell, one map twice: (N, 3C, H, W)."""
+        s = self.stem(x)
         return s, s
 
 
@@ -199,14 +198,9 @@ class NetworkImageNet(DiscreteNetwork):
         super().__init__(C, num_classes, layers, auxiliary, genotype, stems, C, 8, head)
 
     def stem_states(self, x):
-        """The ReLU'd inputs of the first cell: (N, C, H / 4, W / 4) and (N, C, H / 8, W / 8)."""
-        s0 = self.stem0(x).relu()
-        return s0, self.stem1[1:](s0).relu()  # [0] is the ReLU
-
-
-def parameters(network):
-    """The number of parameters, those of an auxiliary head not counted, as papers give it."""
-    return sum(p.numel() for name, p in network.named_parameters() if "auxiliary_head." not in name)
+        """The inputs of the first cell: (N, C, H / 4, W / 4) and (N, C, H / 8, W / 8)."""
+        s0 = self.stem0(x)
+        return s0, self.stem1(s0)
 
 
 def build(genotype, C, num_classes, layers, stem="cifar", auxiliary=False):
@@ -215,101 +209,7 @@ def build(genotype, C, num_classes, layers, stem="cifar", auxiliary=False):
     return kind(C, num_classes, layers, auxiliary, genotype)
 
 
-PUBLISHED = {  # C, classes, cells, side of the images
-    "cifar": (36, 10, 20, 32), "imagenet": (48, 1000, 14, 224),
-}  # fmt: skip
-
-
-@functools.lru_cache
-def _cost(text, stem):
-    *sizes, side = PUBLISHED[stem]
-    with torch.device("meta"):  # shapes alone
-        network = build(genotypes.parse(text, OPS), *sizes, stem)
-    return parameters(network), multiply_adds(network, side)
-
-
-def derived_cost(genotype, imagenet=False):
-    """(parameters, multiply-adds) of the network of this cell in the size that is published.
-
-    36 channels, 20 cells, 32 pixels, 10 classes; on ImageNet 48, 14, 224 and 1000.
-    """
-    return _cost(genotypes.text(genotype), "imagenet" if imagenet else "cifar")
-
-
-def multiply_adds(network, size, paper=False):
-    """The multiply-adds of Conv2d and Linear layers for one 3 x size x size image, in evaluation.
-
-    paper: as the published tables count, with each element that a batch norm reads twice, and
-    those that ReLUs and pools read once. Raises ValueError where the network does.
-    """
-    total = 0
-
-    def count(*layers):
-        weights = sum(layer.weight.numel() for layer in layers)
-
-        def hook(module, inputs, output):
-            nonlocal total
-            total += weights * output[0, 0].numel()  # each weight once per place of the map
-
-        return hook
-
-    def count_read(times):
-        def hook(module, inputs, output):
-            nonlocal total
-            total += times * sum(x.numel() for x in inputs if torch.is_tensor(x))
-
-        return hook
-
-    network = copy.deepcopy(network).to("meta").eval()  # shapes alone
-    if paper:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_hook(count_read(2))
-            # A Cell's two inputs, and what stem1 reads, are ReLU'd before they come.
-            kinds = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Cell)
-            if isinstance(module, kinds):
-                module.register_forward_hook(count_read(1))
-        if isinstance(network, NetworkImageNet):
-            network.stem1[1].register_forward_hook(count_read(1))
-    for module in network.modules():
-        if isinstance(module, FactorizedReduce):  # never calls its two convolutions as such
-            module.bn.register_forward_hook(count(module.conv_1, module.conv_2))
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(count(module))
-    network(torch.empty(1, 3, size, size, dtype=network.classifier.weight.dtype, device="meta"))
-    return total
-
-
-def get_args():
-    parser = utils.Parser("What the network of a cell costs, before it is trained.")
-    add = parser.add_argument
-    add("--arch", default="PCDARTS", help="as of train.py")
-    add("--set", default="cifar10", choices=["cifar10", "imagenet"], help="the published sizes of")
-    for name, what in (("init_channels", "channels C"), ("num_classes", "outputs"),
-                       ("layers", "cells"), ("input_size", "side of the images")):  # fmt: skip
-        add(f"--{name}", type=utils.count, help=f"{what}; None: as published")
-    add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
-    return parser.parse_args()
-
-
-def main(args):
-    stem = "imagenet" if args.set == "imagenet" else "cifar"
-    given = args.init_channels, args.num_classes, args.layers, args.input_size
-    *sizes, side = (g or p for g, p in zip(given, PUBLISHED[stem], strict=True))
-    with utils.user_errors(ValueError):  # a GenotypeError too
-        genotype = genotypes.load(args.arch, OPS)
-        network = build(genotype, *sizes, stem, args.auxiliary)
-        measure.check_size(network, side)
-        counts = [multiply_adds(network, side, paper=paper) for paper in (False, True)]
-    kept = measure.kept_per_image(network, side)
-    print(
-        f"{sizes[0]} channels, {sizes[2]} cells, {side} x {side} pixels, {sizes[1]} classes\n"
-        f"parameters: {parameters(network) / 1e6:.2f} M (an auxiliary head not counted)\n"
-        f"multiply-adds: {counts[0] / 1e6:.2f} M of convolutions and linear layers, "
-        f"{counts[1] / 1e6:.2f} M as the paper counts\n"
-        f"memory per image in training: {kept / 1e6:.1f} MB kept for the backward pass, float32"
-    )
-
-
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    from harness import costs, script
+
+    script.run(costs.main_discrete, costs.get_args_discrete)

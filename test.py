@@ -12,12 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-import data
-import engine
 import genotypes
-import imagenet
-import measure
 import utils
+from harness import costs, data, files, flags, imagenet, loops, script
 from model import build
 from operations import OPS
 
@@ -26,18 +23,18 @@ INHERITED = ("data", "set", "input_size", "init_channels", "layers", "stem", "au
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
-    utils.add_common_arguments(parser, batch_size=96)
+    parser = flags.Parser(__doc__.split("\n")[0])
+    flags.add_common_arguments(parser, batch_size=96)
     add = parser.add_argument
     add("--model_path", required=True, help="run folder, checkpoint or weights file")
     add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")
-    add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
-    add("--layers", type=utils.depth, default=20, help="cells")
+    add("--init_channels", type=flags.count, default=36, help="channels C of the first cell")
+    add("--layers", type=flags.depth, default=20, help="cells")
     add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
-    add("--workers", type=utils.natural, default=4, help="processes that read ImageNet's images")
+    add("--workers", type=flags.natural, default=4, help="processes that read ImageNet's images")
     given = parser.parse_args()
-    about = utils.read_args(run_folder(given))
+    about = files.read_args(run_folder(given))
     run = about.get("args", {})
     if about.get("script") == "train_imagenet":
         run |= {"set": "imagenet", "data": run.get("tmp_data_dir")}
@@ -62,19 +59,19 @@ def is_colour(value):
 
 def main(args):
     folder, path = run_folder(args), Path(args.model_path)
-    about = utils.read_args(folder)
+    about = files.read_args(folder)
     if about.get("script") in ("train_search", "train_search_imagenet"):
         script = about["script"].replace("_search", "")
         hint = f"train its cell, python {script}.py --arch {folder}"
         raise utils.UserError(f"{path} is of a search: {hint}")
     if path.is_dir():
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
-    state = utils.load(path)
+    state = files.load(path)
     with utils.user_errors(genotypes.GenotypeError):
         genotype = genotypes.load(args.arch or folder, OPS)
-    device = utils.choose_device(args)
-    log = utils.start_log()
-    log.info(utils.describe(device))
+    device = flags.choose_device(args)
+    log = files.start_log()
+    log.info(flags.describe(device))
     test, classes, size = test_images(args, about, device)
     if about.get("classes", classes) != classes:
         raise utils.UserError(f"{args.data} has other classes than {folder} learned: give its data")
@@ -82,9 +79,9 @@ def main(args):
     outputs = about.get("args", {}).get("classes") or len(classes)
     with utils.user_errors(ValueError):
         model = build(genotype, args.init_channels, outputs, args.layers, stem, args.auxiliary)
-        measure.check_size(model.eval(), size)
-    utils.load_weights(model, state, path)
-    figures = engine.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)
+        costs.check_size(model.eval(), size)
+    files.load_weights(model, state, path)
+    figures = loops.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)
     print(
         f"{path}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, "
         f"loss {figures['loss']:.4f} on {figures['images']} test images"
@@ -110,4 +107,4 @@ def test_images(args, about, device):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

@@ -13,42 +13,40 @@ import shlex
 import torch
 from torch import nn
 
-import data
-import engine
 import genotypes
-import measure
 import utils
+from harness import costs, data, files, flags, loops, script
+from harness.runs import Run, load_genotype
 from model import build
-from runs import Run, load_genotype
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
-    utils.add_common_arguments(parser, batch_size=96)
+    parser = flags.Parser(__doc__.split("\n")[0])
+    flags.add_common_arguments(parser, batch_size=96)
     add = parser.add_argument
     add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
-    add("--epochs", type=utils.count, default=600, help="epochs of the training images")
-    add("--init_channels", type=utils.count, default=36, help="channels C of the first cell")
-    add("--layers", type=utils.depth, default=20, help="cells")
+    add("--epochs", type=flags.count, default=600, help="epochs of the training images")
+    add("--init_channels", type=flags.count, default=36, help="channels C of the first cell")
+    add("--layers", type=flags.depth, default=20, help="cells")
     add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
-    add("--auxiliary_weight", type=utils.non_negative, default=0.4, help="of its loss")
-    add("--drop_path_prob", type=utils.fraction, default=0.3, help="at the end; grows from 0")
-    add("--learning_rate", type=utils.positive, default=0.025, help="at first (cosine to 0)")
-    add("--momentum", type=utils.fraction, default=0.9, help="of SGD")
-    add("--weight_decay", type=utils.non_negative, default=3e-4, help="of SGD")
-    add("--grad_clip", type=utils.positive, default=5.0, help="norm of the gradient")
+    add("--auxiliary_weight", type=flags.non_negative, default=0.4, help="of its loss")
+    add("--drop_path_prob", type=flags.fraction, default=0.3, help="at the end; grows from 0")
+    add("--learning_rate", type=flags.positive, default=0.025, help="at first (cosine to 0)")
+    add("--momentum", type=flags.fraction, default=0.9, help="of SGD")
+    add("--weight_decay", type=flags.non_negative, default=3e-4, help="of SGD")
+    add("--grad_clip", type=flags.positive, default=5.0, help="norm of the gradient")
     add("--cutout", action="store_true", help="cut a square out of every training image")
-    add("--cutout_length", type=utils.count, default=16, help="side of that square in pixels")
+    add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--save", default="EXP", help="name of the run: its folder is eval-NAME-DATE-TIME")
-    utils.add_run_arguments(parser)
-    return utils.parse_args(parser)
+    flags.add_run_arguments(parser)
+    return flags.parse_args(parser)
 
 
 def main(args):
     genotype = load_genotype(args)
-    device = utils.choose_device(args)
+    device = flags.choose_device(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
     dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
@@ -67,7 +65,7 @@ def main(args):
             genotype, args.init_channels, len(dataset.classes), args.layers, args.stem,
             args.auxiliary,
         )  # fmt: skip
-        measure.check_size(model, size)
+        costs.check_size(model, size)
     model.to(device)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -92,13 +90,13 @@ def main(args):
     log.info("network: %.6f M parameters", utils.count_parameters_in_MB(model))
     log.info("genotype = %s", genotypes.text(genotype))
     log.info("images of a class: %d to %d in training", *data.counts(dataset.train))
-    utils.advise(log, args, 96, 0.025)
+    flags.advise(log, args, 96, 0.025)
 
     for epoch in range(run.epoch, args.epochs):
         model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         lr = scheduler.get_last_lr()[0]
-        figures = engine.train_epoch(train, model, criterion, optimizer, args, run)
-        tested = engine.evaluate(test, model, criterion, args, log, run)
+        figures = loops.train_epoch(train, model, criterion, optimizer, args, run)
+        tested = loops.evaluate(test, model, criterion, args, log, run)
         scheduler.step()
         best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
         log.info(
@@ -113,7 +111,7 @@ def main(args):
         run.epoch_done(best=best, tested=tested)
 
     best, tested = run.values["best"], run.values["tested"]
-    utils.save(model.state_dict(), folder / "weights.pt")
+    files.save(model.state_dict(), folder / "weights.pt")
     log.info("best epoch: %d with %.2f %% (chosen on the test images: not a result)", *best[::-1])
     log.info("test it again: python test.py --model_path %s", shlex.quote(str(folder)))
     log.info(
@@ -124,4 +122,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

@@ -11,32 +11,34 @@ was measured with this code stands in the README.
 import torch
 from torch import nn
 
-import distributed
-import engine
 import genotypes
-import imagenet
-import measure
 import utils
-from distributed import is_main
-from model import NetworkImageNet, multiply_adds
-from runs import Run, load_genotype
+from harness import costs, distributed, files, flags, imagenet, loops, script
+from harness.distributed import is_main
+from harness.runs import Run, load_genotype
+from model import NetworkImageNet
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
-    utils.add_imagenet_arguments(parser, init_channels=48, layers=14, epochs=250)
+    parser = flags.Parser(__doc__.split("\n")[0])
+    flags.add_imagenet_arguments(parser, init_channels=48, layers=14, epochs=250)
     add = parser.add_argument
     add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
-    add("--classes", type=utils.count, help="outputs; None: as many as there are class folders")
+    add("--classes", type=flags.count, help="outputs; None: as many as there are class folders")
     add("--lr_scheduler", default="linear", choices=["linear", "cosine"], help="of learning_rate")
-    add("--weight_decay", type=utils.non_negative, default=3e-5, help="of SGD")
-    add("--label_smooth", type=utils.fraction, default=0.1, help="share of the other classes")
+    add("--weight_decay", type=flags.non_negative, default=3e-5, help="of SGD")
+    add("--label_smooth", type=flags.fraction, default=0.1, help="share of the other classes")
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
-    add("--auxiliary_weight", type=utils.non_negative, default=0.4, help="of its loss")
-    add("--drop_path_prob", type=utils.fraction, default=0.0, help="at the end; grows from 0")
-    add("--workers", type=utils.natural, default=32, help="processes that read images, of each GPU")
-    add("--seed", type=utils.natural, default=0, help="of every random number")
-    return utils.parse_args(parser)
+    add("--auxiliary_weight", type=flags.non_negative, default=0.4, help="of its loss")
+    add("--drop_path_prob", type=flags.fraction, default=0.0, help="at the end; grows from 0")
+    add(
+        "--workers",
+        type=flags.natural,
+        default=32,
+        help="processes that read images, of each GPU",
+    )
+    add("--seed", type=flags.natural, default=0, help="of every random number")
+    return flags.parse_args(parser)
 
 
 def main(args):
@@ -62,8 +64,10 @@ def main(args):
             args.init_channels, args.classes or classes, args.layers, args.auxiliary, genotype
         )
         fewest = 2 if args.sync_bn else train.smallest()
-        measure.check_size(network, args.input_size, fewest)
-    macs = [multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)]
+        costs.check_size(network, args.input_size, fewest)
+    macs = [
+        costs.multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)
+    ]
     network.to(device)
     if args.sync_bn:
         network = distributed.synchronized(network, device)
@@ -94,27 +98,27 @@ def main(args):
         utils.count_parameters_in_MB(network), *macs,
     )  # fmt: skip
     log.info("genotype = %s", genotypes.text(genotype))
-    utils.advise(log, args, 1024, 0.5)
+    flags.advise(log, args, 1024, 0.5)
 
     for epoch in range(run.epoch, args.epochs):
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
-        lr = engine.learning_rate(
+        lr = loops.learning_rate(
             epoch, args.epochs, args.learning_rate, args.lr_scheduler, args.batch_size > 256
         )
         optimizer.param_groups[0]["lr"] = lr
-        figures = engine.train_epoch(train, model, smooth, optimizer, args, run)
+        figures = loops.train_epoch(train, model, smooth, optimizer, args, run)
         distributed.broadcast(network.buffers())
-        tested = engine.evaluate(val, distributed.for_evaluation(model), criterion, args, log, run)
+        tested = loops.evaluate(val, distributed.for_evaluation(model), criterion, args, log, run)
         best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
         if is_main():
             report(run, args, lr, figures, tested)
             if best[1] == epoch + 1:
-                utils.save(network.state_dict(), folder / "model_best.pt")
+                files.save(network.state_dict(), folder / "model_best.pt")
         tested = {name: tested[name] for name in ("loss", "top1", "top5")}
         run.epoch_done(best=best, tested=tested)
 
     if is_main():
-        utils.save(network.state_dict(), folder / "weights.pt")
+        files.save(network.state_dict(), folder / "weights.pt")
     best, last = run.values["best"], run.values["tested"]
     log.info(
         "best epoch: %d with top-1 %.2f %%: model_best.pt (chosen on these images: not a result)",
@@ -142,4 +146,4 @@ def report(run, args, lr, figures, tested):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-import data
-import engine
+import fused
 import genotypes
-import measure
 import utils
-from architect import Architect, Gradients, dominant_eigenvalue
-from model import derived_cost
+from architect import Architect
+from harness import analysis, costs, data, files, flags, loops, script
+from harness.runs import Run
 from model_search import Network
-from runs import Run
 
 DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, arch_learning_rate=3e-4)
 DARTS["begin"] = 0
@@ -35,27 +33,27 @@ def flags_of(defaults):
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
-    utils.add_common_arguments(parser, batch_size=256)
+    parser = flags.Parser(__doc__.split("\n")[0])
+    flags.add_common_arguments(parser, batch_size=256)
     parser.set_defaults(seed=2)
     add = parser.add_argument
-    add("--epochs", type=utils.count, default=50, help="epochs of the training half")
-    add("--begin", type=utils.natural, default=15, help="epochs before alphas and betas move")
-    add("--init_channels", type=utils.count, default=16, help="channels C of the first cell")
-    add("--layers", type=utils.depth, default=8, help="cells")
-    add("--k", type=utils.count, default=4, help="1/k of the channels go through the operations")
-    utils.add_variant_arguments(parser)
-    add("--learning_rate", type=utils.positive, default=0.1, help="of the weights, at first")
-    add("--learning_rate_min", type=utils.non_negative, default=0.0, help="and at last (cosine)")
-    add("--momentum", type=utils.fraction, default=0.9, help="of the weights' SGD")
-    add("--weight_decay", type=utils.non_negative, default=3e-4, help="of the weights' SGD")
-    add("--grad_clip", type=utils.positive, default=5.0, help="norm of the weights' gradient")
-    add("--arch_learning_rate", type=utils.positive, default=6e-4, help="of alphas and betas")
-    add("--arch_weight_decay", type=utils.non_negative, default=1e-3, help="of alphas and betas")
+    add("--epochs", type=flags.count, default=50, help="epochs of the training half")
+    add("--begin", type=flags.natural, default=15, help="epochs before alphas and betas move")
+    add("--init_channels", type=flags.count, default=16, help="channels C of the first cell")
+    add("--layers", type=flags.depth, default=8, help="cells")
+    add("--k", type=flags.count, default=4, help="1/k of the channels go through the operations")
+    flags.add_variant_arguments(parser)
+    add("--learning_rate", type=flags.positive, default=0.1, help="of the weights, at first")
+    add("--learning_rate_min", type=flags.non_negative, default=0.0, help="and at last (cosine)")
+    add("--momentum", type=flags.fraction, default=0.9, help="of the weights' SGD")
+    add("--weight_decay", type=flags.non_negative, default=3e-4, help="of the weights' SGD")
+    add("--grad_clip", type=flags.positive, default=5.0, help="norm of the weights' gradient")
+    add("--arch_learning_rate", type=flags.positive, default=6e-4, help="of alphas and betas")
+    add("--arch_weight_decay", type=flags.non_negative, default=1e-3, help="of alphas and betas")
     add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
-    add("--train_portion", type=utils.fraction, default=0.5, help="share of the weights' images")
+    add("--train_portion", type=flags.fraction, default=0.5, help="share of the weights' images")
     add("--cutout", action="store_true", help="cut a square out of every image")
-    add("--cutout_length", type=utils.count, default=16, help="side of that square in pixels")
+    add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
     add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
@@ -64,14 +62,14 @@ def get_args():
     )
     add("--darts", action="store_true", help="the defaults of DARTS: " + flags_of(DARTS))
     add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
-    utils.add_run_arguments(parser)
+    flags.add_run_arguments(parser)
     if "--darts" in sys.argv[1:]:
         parser.set_defaults(**DARTS)
-    return utils.parse_args(parser)
+    return flags.parse_args(parser)
 
 
 def main(args):
-    device = utils.choose_device(args)
+    device = flags.choose_device(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
     dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
@@ -88,7 +86,7 @@ def main(args):
             args.init_channels, len(dataset.classes), args.layers, criterion, **variant(args),
             stem=args.stem,
         ).to(device)  # fmt: skip
-        measure.check_size(model, dataset.train.images.shape[1])
+        costs.check_size(model, dataset.train.images.shape[1])
     optimizer = torch.optim.SGD(
         model.weights(),
         args.learning_rate,
@@ -96,7 +94,7 @@ def main(args):
         weight_decay=args.weight_decay,
     )
     architect = Architect(model, args)
-    gradients = Gradients(model, criterion, args.amp, not args.no_cuda_graph)
+    gradients = fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, args.epochs, args.learning_rate_min
     )
@@ -116,20 +114,20 @@ def main(args):
     log.info("images of a class: %d to %d in the training half", *data.counts(train_half))
     introduce(log, args, model)
     if not args.darts:
-        utils.advise(log, args, 256, 0.1)
+        flags.advise(log, args, 256, 0.1)
 
     batches = valid.forever()
     for epoch in range(run.epoch, args.epochs):
         frozen = epoch < args.begin
         lr = scheduler.get_last_lr()[0]
-        figures = engine.search_epoch(
+        figures = loops.search_epoch(
             train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
         scheduler.step()
         report(run, args, lr, figures, model, held_out)
         run.epoch_done()
 
-    figures = engine.evaluate(held_out, model, criterion, args, log, run)
+    figures = loops.evaluate(held_out, model, criterion, args, log, run)
     log.info(
         "supernet on the validation half: top-1 %.2f %%, loss %.4f "
         "(this is not the final accuracy of the cell: train it for that)",
@@ -138,10 +136,10 @@ def main(args):
     )
     genotype = model.genotype(args.max_skip)
     genotypes.save(genotype, folder / "genotype.json", model.primitives)
-    utils.save(model.state_dict(), folder / "weights.pt")
+    files.save(model.state_dict(), folder / "weights.pt")
     log.info("genotype = %s", genotypes.text(genotype))
-    flags = recipe(args, train_half)
-    log.info("train it: python train.py --arch %s%s", shlex.quote(str(folder)), flags)
+    more = recipe(args, train_half)
+    log.info("train it: python train.py --arch %s%s", shlex.quote(str(folder)), more)
 
 
 def variant(args):
@@ -158,14 +156,14 @@ def variant(args):
 
 def recipe(args, images):
     """The further flags of the command that trains the cell on the same data."""
-    flags = " --auxiliary --cutout" if images.images.shape[1] >= 32 else ""  # too small for a head
-    flags += "" if args.set == "cifar10" else f" --set {args.set}"
-    flags += (
+    more = " --auxiliary --cutout" if images.images.shape[1] >= 32 else ""  # too small for a head
+    more += "" if args.set == "cifar10" else f" --set {args.set}"
+    more += (
         ""
         if args.data == "../data" or args.set == "digits"
         else f" --data {shlex.quote(args.data)}"
     )
-    return flags + (f" --input_size {args.input_size}" if args.input_size else "")
+    return more + (f" --input_size {args.input_size}" if args.input_size else "")
 
 
 def introduce(log, args, model):
@@ -193,24 +191,25 @@ def report(run, args, lr, figures, model, held_out, imagenet=False):
         figures["images_per_second"], figures["seconds"], figures["memory_mib"], state, *skips,
     )  # fmt: skip
     run.log.info("genotype = %s", genotypes.text(genotype))
-    parameters, multiply_adds = derived_cost(genotype, imagenet)
+    parameters, multiply_adds = costs.derived_cost(genotype, imagenet)
     row = {
         "epoch": epoch + 1, "learning_rate": lr, **figures, "frozen": int(epoch < args.begin),
-        **model.entropies(), "skip_connects_normal": skips[0], "skip_connects_reduce": skips[1],
+        **analysis.entropies(model), "skip_connects_normal": skips[0],
+        "skip_connects_reduce": skips[1],
         "parameters_m": parameters / 1e6, "multiply_adds_m": multiply_adds / 1e6,
     }  # fmt: skip
     cell = {name: list(value) for name, value in genotype._asdict().items()}
     if args.eigenvalue:
         row["eigenvalue"] = float("nan")
         if (epoch + 1) % args.eigenvalue == 0:
-            row["eigenvalue"] = dominant_eigenvalue(model, *next(iter(held_out)))
+            row["eigenvalue"] = analysis.dominant_eigenvalue(model, *next(iter(held_out)))
             run.log.info("largest eigenvalue of the Hessian in alpha: %.4f", row["eigenvalue"])
     softmaxes = {
         f"softmax_{name}": np.round(p.double().numpy(), 6).tolist()
-        for name, p in model.softmaxes().items()
+        for name, p in analysis.softmaxes(model).items()
     }
     run.record(row, {"epoch": epoch + 1, **cell, **softmaxes})
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

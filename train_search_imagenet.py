@@ -16,37 +16,40 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-import distributed
-import engine
+import fused
 import genotypes
-import imagenet
-import measure
 import utils
-from architect import Architect, Gradients
-from distributed import is_main
+from architect import Architect
+from harness import costs, distributed, files, flags, imagenet, loops, script
+from harness.distributed import is_main
+from harness.runs import Run
 from model_search import Network
-from runs import Run
 from train_search import introduce, report, variant
 
 
 def get_args():
-    parser = utils.Parser(__doc__.split("\n")[0])
-    utils.add_imagenet_arguments(parser, init_channels=16, layers=8, epochs=50)
+    parser = flags.Parser(__doc__.split("\n")[0])
+    flags.add_imagenet_arguments(parser, init_channels=16, layers=8, epochs=50)
     add = parser.add_argument
     add("--split", metavar="FILE", help="list of files of an earlier search, or its folder")
-    add("--begin", type=utils.natural, default=35, help="epochs before alphas and betas move")
-    add("--k", type=utils.count, default=2, help="1/k of the channels go through the operations")
-    utils.add_variant_arguments(parser)
-    add("--learning_rate_min", type=utils.non_negative, default=0.0, help="and at last (cosine)")
-    add("--weight_decay", type=utils.non_negative, default=3e-4, help="of the weights' SGD")
-    add("--arch_learning_rate", type=utils.positive, default=6e-3, help="of alphas and betas")
-    add("--arch_weight_decay", type=utils.non_negative, default=1e-3, help="of alphas and betas")
+    add("--begin", type=flags.natural, default=35, help="epochs before alphas and betas move")
+    add("--k", type=flags.count, default=2, help="1/k of the channels go through the operations")
+    flags.add_variant_arguments(parser)
+    add("--learning_rate_min", type=flags.non_negative, default=0.0, help="and at last (cosine)")
+    add("--weight_decay", type=flags.non_negative, default=3e-4, help="of the weights' SGD")
+    add("--arch_learning_rate", type=flags.positive, default=6e-3, help="of alphas and betas")
+    add("--arch_weight_decay", type=flags.non_negative, default=1e-3, help="of alphas and betas")
     add("--unrolled", action="store_true", help="second-order gradient of alphas and betas")
     add("--recompute", action="store_true", help="keep 40 %% less memory for the backward pass")
     add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
-    add("--workers", type=utils.natural, default=4, help="processes that read images, of each GPU")
-    add("--seed", type=utils.natural, default=2, help="of every random number")
-    return utils.parse_args(parser)
+    add(
+        "--workers",
+        type=flags.natural,
+        default=4,
+        help="processes that read images, of each GPU",
+    )
+    add("--seed", type=flags.natural, default=2, help="of every random number")
+    return flags.parse_args(parser)
 
 
 def main(args):
@@ -77,7 +80,7 @@ def main(args):
             stem="imagenet",
         )  # fmt: skip
         fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
-        measure.check_size(model, args.input_size, fewest)
+        costs.check_size(model, args.input_size, fewest)
     model.to(device)
     if args.sync_bn:
         model = distributed.synchronized(model, device)
@@ -89,7 +92,10 @@ def main(args):
         weight_decay=args.weight_decay,
     )
     architect = Architect(model, SimpleNamespace(**vars(args), arch_grad_clip=args.grad_clip))
-    gradients = Gradients(model, criterion, args.amp, not args.no_cuda_graph)
+    gradients = distributed.averaged(
+        fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
+    )
+    architect.gradients = distributed.averaged(architect.gradients)
 
     kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     kept |= {"loader": train, "valid_loader": valid}
@@ -110,17 +116,17 @@ def main(args):
     if gpus > 1 and distributed.world_size() == 1:
         log.info("%d GPUs are here; torchrun --nproc_per_node %d uses all of them", gpus, gpus)
     introduce(log, args, model)
-    utils.advise(log, args, 1024, 0.5)
+    flags.advise(log, args, 1024, 0.5)
 
     batches = valid.forever()
     for epoch in range(run.epoch, args.epochs):
         frozen = epoch < args.begin
         warm_up = args.batch_size > 256
-        lr = engine.learning_rate(
+        lr = loops.learning_rate(
             epoch, args.epochs, args.learning_rate, "cosine", warm_up, args.learning_rate_min
         )
         optimizer.param_groups[0]["lr"] = lr
-        figures = engine.search_epoch(
+        figures = loops.search_epoch(
             train, batches, model, gradients, architect, optimizer, args, frozen, run
         )
         distributed.check_equal(model.arch_parameters(), "alphas and betas")
@@ -128,7 +134,7 @@ def main(args):
         report(run, args, lr, figures, model, held_out, imagenet=True)
         run.epoch_done()
 
-    figures = engine.evaluate(held_out, model, criterion, args, log, run)
+    figures = loops.evaluate(held_out, model, criterion, args, log, run)
     log.info(
         "supernet on the images of alphas and betas: top-1 %.2f %%, loss %.4f "
         "(this is not the final accuracy of the cell: train it for that)",
@@ -138,7 +144,7 @@ def main(args):
     genotype = model.genotype(args.max_skip)
     if is_main():
         genotypes.save(genotype, folder / "genotype.json", model.primitives)
-        utils.save(model.state_dict(), folder / "weights.pt")
+        files.save(model.state_dict(), folder / "weights.pt")
     log.info("genotype = %s", genotypes.text(genotype))
     log.info(
         "train it: python train_imagenet.py --arch %s --auxiliary --tmp_data_dir %s",
@@ -147,4 +153,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args)
+    script.run(main, get_args)

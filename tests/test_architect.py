@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-import measure
 import model_search
 import recipe
-from architect import Architect, Gradients, frozen
+from architect import Architect
+from fused.gradients import Gradients, frozen
+from harness import costs
 
 CASES = {
     "cifar_k4": ("pcdarts", {}),
@@ -256,10 +257,10 @@ def test_frozen_tensors_learn_again_afterwards():
 
 def test_no_weight_gradient_is_computed_in_an_architecture_step():
     case = Case("cifar_k4")
-    calls = measure.aten_calls(
+    calls = costs.aten_calls(
         lambda: case.architect.backward(
             *case.batch("train0"), *case.batch("valid0"), 0.1, None, False
         )
     )
-    both = measure.aten_calls(lambda: case.model._loss(*case.batch("train0")).backward())
+    both = costs.aten_calls(lambda: case.model._loss(*case.batch("train0")).backward())
     assert calls["convolution_backward"] < 0.8 * both["convolution_backward"]

@@ -20,8 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-import runs
-import utils
+from harness import runs
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
@@ -181,14 +180,14 @@ def fail(place, monkeypatch, capsys):
         module = importlib.import_module(script.removesuffix(".py"))
         begun = time.monotonic()
         with pytest.raises(SystemExit) as exit:
-            utils.run(module.main, module.get_args)
+            script.run(module.main, module.get_args)
         assert time.monotonic() - begun < 20
         err = capsys.readouterr().err
         assert exit.value.code == 2
         assert err.count("\n") == 1 and err.startswith(f"{script}: error: ")
         assert "Traceback" not in err
         assert set(place.rglob("*")) == before
-        assert utils.unsaved_runs == [] or not any(map(Path.exists, utils.unsaved_runs))
+        assert script.unsaved_runs == [] or not any(map(Path.exists, script.unsaved_runs))
         return err
 
     return fail
@@ -429,7 +428,7 @@ CASES += [(["train.py", "--set", "digits", "--arch", *arch], *words) for arch, *
 
 def test_the_table_is_long_and_covers_every_script():
     assert len(CASES) >= 60
-    scripts = {path.name for path in ROOT.glob("*.py") if "utils.run(" in path.read_text()}
+    scripts = {path.name for path in ROOT.glob("*.py") if "script.run(" in path.read_text()}
     assert {command[0] for command, *_ in CASES} == scripts
 
 

@@ -18,8 +18,8 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-import data
-from data import Batches, DataSet, Images, halves, load
+from harness import data
+from harness.data import Batches, DataSet, Images, halves, load
 from utils import UserError
 
 MEAN, STD = data.STATISTICS["cifar10"]

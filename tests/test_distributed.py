@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import distributed
-import engine
 import genotypes
-import imagenet
-from architect import Architect, Gradients
+from architect import Architect
+from fused import Gradients
+from harness import distributed, imagenet, loops
 from model import NetworkImageNet
 from model_search import Network
 from test_imagenet import fill
@@ -74,11 +73,13 @@ def search(synchronized, unrolled, sizes):
         network.eval()  # norms by running statistics: no batch counts
     optimizer = torch.optim.SGD(network.weights(), 0.1, 0.9)
     args = SimpleNamespace(**vars(SEARCH) | {"unrolled": unrolled})
-    architect, gradients = Architect(network, args), Gradients(network, criterion)
+    architect = Architect(network, args)
+    architect.gradients = distributed.averaged(architect.gradients)
+    gradients = distributed.averaged(Gradients(network, criterion))
     for i, n in enumerate(sizes):
         train, valid = (mine(batch(n, 64, seed=10 * i + j)) for j in range(2))
         both = architect, optimizer
-        engine.search_step(train, valid, network.weights(), gradients, *both, args)
+        loops.search_step(train, valid, network.weights(), gradients, *both, args)
     arch = [tensor.detach() for tensor in network.arch_parameters()]
     distributed.check_equal(arch, "alphas and betas")
     statistics = [tensor for name, tensor in network.named_buffers() if "running" in name]
@@ -135,8 +136,8 @@ def train(synchronized, genotype):
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=3e-5)
     batches = Shares(batch(n, 64, seed=n) for n in (6, 5))
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    figures = engine.train_epoch(batches, model, criterion, optimizer, args, RUN)
-    tested = engine.evaluate(batches, distributed.for_evaluation(model), criterion, args, RUN.log)
+    figures = loops.train_epoch(batches, model, criterion, optimizer, args, RUN)
+    tested = loops.evaluate(batches, distributed.for_evaluation(model), criterion, args, RUN.log)
     statistics = [tensor for name, tensor in network.named_buffers() if "running" in name]
     weights = [weight.detach() for weight in network.parameters()]
     figures = [torch.tensor(each[name]) for each in (figures, tested) for name in ("loss", "top1")]
@@ -167,7 +168,7 @@ def test_one_process_on_a_cpu_goes_through_data_parallel():
     args = SimpleNamespace(auxiliary=False, amp=False, grad_clip=5.0, report_freq=1)
     before = network.classifier.weight.detach().clone()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    engine.train_epoch(Shares([(x, y)]), model, nn.CrossEntropyLoss(), optimizer, args, RUN)
+    loops.train_epoch(Shares([(x, y)]), model, nn.CrossEntropyLoss(), optimizer, args, RUN)
     assert not torch.equal(before, network.classifier.weight)
     other = NetworkImageNet(4, 5, 3, False, genotypes.PCDARTS).double()
     other.load_state_dict(model.state_dict())  # with module.
@@ -222,8 +223,8 @@ def helpers(root):
     assert distributed.gather(f"process {rank}") == ["process 0", "process 1"]
     assert distributed.on_main(lambda: f"made by {rank}") == "made by 0"
     assert distributed.total([rank + 1, torch.tensor(2.5)], CPU) == [3.0, 5.0]
-    a, b = distributed.average([torch.full((2, 3), float(rank)), torch.tensor([1.0])])
-    assert torch.equal(a, torch.full((2, 3), 0.5)) and b.item() == 1
+    a, b = distributed.summed([torch.full((2, 3), float(rank)), torch.tensor([1.0])])
+    assert torch.equal(a, torch.full((2, 3), 1.0)) and b.item() == 2
     assert distributed.share(3 - rank, CPU).item() == pytest.approx((3 - rank) * 2 / 5)
     tensor = torch.tensor([float(rank)])
     distributed.broadcast([tensor])

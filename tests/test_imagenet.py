@@ -15,10 +15,9 @@ from torch import nn
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-import engine
 import genotypes
-import imagenet
-from model import NetworkImageNet, multiply_adds
+from harness import costs, imagenet, loops
+from model import NetworkImageNet
 from utils import UserError
 
 NORMALIZE = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -345,7 +344,7 @@ def test_linear_schedule(E, warm_up):
             expected = 0.5 * (E - 5 - e) / (E - 5)
         else:
             expected = 0.5 * (E - e) / ((E - 5) * 5)
-        rate = engine.learning_rate(e, E, 0.5, "linear", warm_up)
+        rate = loops.learning_rate(e, E, 0.5, "linear", warm_up)
         assert rate == pytest.approx(expected, rel=1e-12) and rate > 0
 
 
@@ -355,10 +354,10 @@ def test_cosine_schedule_is_pytorch_s(E, last):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.5)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, E, last)
     for e in range(E):
-        rate = engine.learning_rate(e, E, 0.5, "cosine", False, last)
+        rate = loops.learning_rate(e, E, 0.5, "cosine", False, last)
         assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
         assert rate == pytest.approx(last + (0.5 - last) * (1 + math.cos(math.pi * e / E)) / 2)
-        warm = engine.learning_rate(e, E, 0.5, "cosine", True, last)
+        warm = loops.learning_rate(e, E, 0.5, "cosine", True, last)
         assert warm == (0.5 * (e + 1) / 5 if e < 5 else rate)
         optimizer.step()
         scheduler.step()
@@ -378,8 +377,8 @@ def test_label_smoothing_is_its_formula():
 )
 def test_multiply_adds_in_both_conventions(arch, macs, paper):
     network = NetworkImageNet(48, 1000, 14, True, getattr(genotypes, arch))
-    assert multiply_adds(network, 224) == macs
-    assert round(multiply_adds(network, 224, paper=True) / 1e6, 2) == paper
+    assert costs.multiply_adds(network, 224) == macs
+    assert round(costs.multiply_adds(network, 224, paper=True) / 1e6, 2) == paper
 
 
 def test_importing_reads_and_starts_nothing():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import genotypes
-import utils
+from harness import script
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +284,7 @@ def refused(folder, cwd, monkeypatch, *flags):
     err = io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
     with pytest.raises(SystemExit) as exit:
-        utils.run(train_imagenet.main, train_imagenet.get_args)
+        script.run(train_imagenet.main, train_imagenet.get_args)
     assert exit.value.code == 2
     assert err.getvalue().count("\n") == 1, err.getvalue()
     return err.getvalue()

@@ -1,4 +1,4 @@
-"""The batched supernet: the published figures, equality with the textbook, state dict, cost."""
+"""The batched supernet: the published figures, equality of its two forms, state dict, cost."""
 
 import copy
 import json
@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import measure
 import model_search
 import recipe
-import textbook
 from architect import Architect
+from fused.cell import side_by_side
 from genotypes import PRIMITIVES
+from harness import costs
+from model_search import Network
 from operations import OPS, DilConv, Identity, SepConv
 
 ARCH = ["alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce"]
-NETWORKS = pytest.mark.parametrize("module", [textbook, model_search], ids=lambda m: m.__name__)
+FORMS = ("plain", "fused")  # the paper's form, and the fast one
+BOTH = pytest.mark.parametrize("form", FORMS)
 GOLDEN = {  # case: (file, arguments)
     "cifar_k4": ("pcdarts", {}),
     "imagenet_k2": ("pcdarts", dict(k=2, stem="imagenet")),
@@ -43,8 +45,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def build(module, C=4, num_classes=3, layers=3, k=1, **arguments):
-    return module.Network(C, num_classes, layers, nn.CrossEntropyLoss(), k=k, **arguments)
+def build(form, C=4, num_classes=3, layers=3, k=1, **arguments):
+    criterion, fused = nn.CrossEntropyLoss(), form == "fused"
+    network = Network(C, num_classes, layers, criterion, k=k, fused=fused, **arguments)
+    assert network.fused == fused
+    return network
 
 
 def arch(network):
@@ -73,13 +78,13 @@ def batch(n, size, classes, seed=0):
 
 
 def twins(seed=0, **arguments):
-    """A textbook and a batched network, float64, with the same weights, alphas and betas."""
+    """A plain and a fused network, float64, with the same weights, alphas and betas."""
     torch.manual_seed(seed)
-    networks = [build(module, **arguments).double() for module in (textbook, model_search)]
+    networks = [build(form, **arguments).double() for form in FORMS]
     networks[1].load_state_dict(networks[0].state_dict())
     for tensors in zip(*(network.arch_parameters() for network in networks), strict=True):
         values = torch.randn(tensors[0].shape, dtype=torch.float64)
-        for tensor in tensors:  # the textbook's do not follow .double()
+        for tensor in tensors:  # the same in both
             tensor.data = values.clone()
     return networks
 
@@ -128,26 +133,26 @@ def assert_equal(n=3, size=(8, 8), **arguments):
 # The published figures
 
 
-def filled(module, case):
+def filled(form, case):
     """(the network of a golden case in float64, its batch valid0, the figures)."""
     file, arguments = GOLDEN[case]
     found, config = recipe.golden(file, case)
     seed, n, size, classes = (config[key] for key in ("seed", "n", "size", "classes"))
-    network = build(module, config["C"], classes, config["layers"], **({"k": 4} | arguments))
+    network = build(form, config["C"], classes, config["layers"], **({"k": 4} | arguments))
     return recipe.fill(network, seed), recipe.batch(seed, "valid0", n, size, classes), found
 
 
-@NETWORKS
+@BOTH
 @pytest.mark.parametrize("case", GOLDEN)
-def test_golden_evaluation(case, module):
-    network, (images, _), found = filled(module, case)
+def test_golden_evaluation(case, form):
+    network, (images, _), found = filled(form, case)
     close(network.eval()(images), found["logits_eval"])
 
 
-@NETWORKS
+@BOTH
 @pytest.mark.parametrize("case", GOLDEN)
-def test_golden_training(case, module):
-    network, (images, labels), found = filled(module, case)
+def test_golden_training(case, form):
+    network, (images, labels), found = filled(form, case)
     names = list(arch(network))
     assert sorted(f"grad_{name}" for name in names) == sorted(n for n in found if "grad_" in n)
     logits = network(images)
@@ -161,11 +166,11 @@ def test_golden_training(case, module):
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_genotype_of_the_case(case):
-    network, _, found = filled(model_search, case)
+    network, _, found = filled("fused", case)
     assert str(network.genotype()) == str(found["genotype"])
 
 
-# Equality with the textbook, beyond the sizes of the published figures
+# Equality of the forms, beyond the sizes of the published figures
 
 
 @pytest.mark.parametrize(
@@ -183,11 +188,11 @@ def test_golden_genotype_of_the_case(case):
     ],
     ids=lambda arguments: " ".join(f"{k}={v}" for k, v in arguments.items()),
 )
-def test_equals_the_textbook(arguments):
+def test_the_forms_are_equal(arguments):
     assert_equal(**arguments)
 
 
-def test_training_like_the_textbook():
+def test_the_forms_train_alike():
     networks = twins(C=8, k=4)
     for network in networks:
         weights = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=3e-4)
@@ -228,10 +233,10 @@ def test_float32_is_near_float64():
     close(network.float()(images.float()), expected.float(), tolerance=1e-4)
 
 
-@NETWORKS
-def test_images_whose_maps_become_odd_are_refused(module):
+@BOTH
+def test_images_whose_maps_become_odd_are_refused(form):
     with pytest.raises(ValueError) as info:
-        build(module)(torch.zeros(2, 3, 30, 30))
+        build(form)(torch.zeros(2, 3, 30, 30))
     one_line(info, "15 x 15")
 
 
@@ -268,7 +273,7 @@ def test_second_derivatives_are_right_or_refused():
             found.append(torch.autograd.grad(square, network.arch_parameters()))
         except RuntimeError as error:
             assert "differentia" in str(error)
-    assert found  # the textbook's, at least
+    assert found  # the plain form's, at least
     for second in found[1:]:
         for gradient, expected in zip(second, found[0], strict=True):
             close(gradient, expected)
@@ -278,12 +283,11 @@ def test_second_derivatives_are_right_or_refused():
 
 
 @pytest.mark.parametrize("case", NAMES)
-@NETWORKS
-def test_names_and_shapes_are_the_released_ones(case, module):
+@BOTH
+def test_names_and_shapes_are_the_released_ones(case, form):
     expected = json.loads((recipe.GOLDEN / "names.json").read_text())[case]
-    if module is model_search:
-        expected |= dict(zip(ARCH, [[14, 8], [14, 8], [14], [14]], strict=True))
-    network = build(module, **({"k": 4} | NAMES[case]))
+    expected |= dict(zip(ARCH, [[14, 8], [14, 8], [14], [14]], strict=True))
+    network = build(form, **({"k": 4} | NAMES[case]))
     shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
     assert shapes == expected
 
@@ -291,9 +295,10 @@ def test_names_and_shapes_are_the_released_ones(case, module):
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("arguments", [dict(C=8, k=4), dict(edge_norm=False)], ids=str)
 def test_a_released_state_dict_loads(arguments, prefix):
-    released = recipe.fill(build(textbook, **arguments), 5).state_dict()
-    network = build(model_search, **arguments).double()
+    released = recipe.fill(build("plain", **arguments), 5).state_dict()
+    network = build("fused", **arguments).double()
     before = {name: tensor.clone() for name, tensor in arch(network).items()}
+    released = {name: value for name, value in released.items() if name not in ARCH}
     result = network.load_state_dict({prefix + n: v for n, v in released.items()}, strict=True)
     assert not result.missing_keys and not result.unexpected_keys
     state = network.state_dict()
@@ -316,7 +321,7 @@ def test_a_released_state_dict_loads(arguments, prefix):
     ],
 )
 def test_a_wrong_shape_is_named(name):
-    network = build(model_search)
+    network = build("fused")
     state = network.state_dict()
     state[name] = torch.zeros(3, 3)
     with pytest.raises(RuntimeError, match=rf"size mismatch for {name}\b"):
@@ -344,7 +349,7 @@ def test_a_wrong_shape_is_named(name):
     ],
 )
 def test_an_unexpected_key_is_named(name):
-    network = build(model_search)
+    network = build("fused")
     state = network.state_dict() | {name: torch.zeros(1)}
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"{name}"'):
         network.load_state_dict(state)
@@ -363,7 +368,7 @@ def test_an_unexpected_key_is_named(name):
     ],
 )
 def test_a_missing_key_is_named(name):
-    network = build(model_search)
+    network = build("fused")
     state = network.state_dict()
     del state[name]
     with pytest.raises(RuntimeError, match=rf'Missing key.*"{name}"'):
@@ -373,12 +378,12 @@ def test_a_missing_key_is_named(name):
 
 def test_state_through_a_file(tmp_path):
     arguments = dict(C=8, k=4)
-    network = recipe.fill(build(model_search, **arguments), 6)
+    network = recipe.fill(build("fused", **arguments), 6)
     images, _ = batch(3, (8, 8), 3)
     network(images)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     state = torch.load(tmp_path / "weights.pt", weights_only=True)
-    other = build(model_search, **arguments).double()
+    other = build("fused", **arguments).double()
     tensors = arch(other)
     other.load_state_dict(state)
     mine, its = network.state_dict(), other.state_dict()
@@ -391,7 +396,7 @@ def test_state_through_a_file(tmp_path):
 
 
 def test_a_state_dict_kept_as_a_copy_restores_the_network():
-    network = recipe.fill(build(model_search, C=8, k=4), 7)
+    network = recipe.fill(build("fused", C=8, k=4), 7)
     images, labels = batch(3, (8, 8), 3)
     kept = copy.deepcopy(network.state_dict())
     expected = network(images).detach()
@@ -409,7 +414,7 @@ def test_a_state_dict_kept_as_a_copy_restores_the_network():
 # What is in it
 
 
-@NETWORKS
+@BOTH
 @pytest.mark.parametrize(
     "weights, arguments",
     [
@@ -419,26 +424,26 @@ def test_a_state_dict_kept_as_a_copy_restores_the_network():
     ],
     ids=str,
 )
-def test_sizes(weights, arguments, module):
-    network = build(module, **arguments)
+def test_sizes(weights, arguments, form):
+    network = build(form, **arguments)
     assert sum(p.numel() for p in network.parameters()) == weights
     assert sum(tensor.numel() for tensor in network.arch_parameters()) == 252
 
 
 def test_alphas_and_betas_are_no_weights():
-    network = build(model_search)
+    network = build("fused")
     assert [name for name in ARCH if hasattr(network, name)] == ARCH == list(arch(network))
     for name, tensor in arch(network).items():
         assert getattr(network, name) is tensor and tensor.is_leaf and tensor.requires_grad
     assert not {id(p) for p in network.parameters()} & {id(t) for t in network.arch_parameters()}
     assert [id(p) for p in network.weights()] == [id(p) for p in network.parameters()]
-    plain = build(model_search, edge_norm=False)
+    plain = build("fused", edge_norm=False)
     assert list(arch(plain)) == ARCH[:2] and not set(ARCH[2:]) & plain.state_dict().keys()
 
 
 def test_alphas_and_betas_start_small():
     torch.manual_seed(0)
-    networks = [build(model_search) for _ in range(2)]
+    networks = [build("fused") for _ in range(2)]
     values = torch.cat([t.detach().flatten() for n in networks for t in n.arch_parameters()])
     assert values.numel() == 504
     assert abs(values.mean()) < 2e-4 and 0.85e-3 < values.std() < 1.15e-3
@@ -446,9 +451,9 @@ def test_alphas_and_betas_start_small():
 
 
 def test_weights_start_as_the_operations_initialize_them():
-    """Same distribution as the textbook's: uniform, bound 1 / sqrt(fan in)."""
+    """Same distribution as the plain form's: uniform, bound 1 / sqrt(fan in)."""
     torch.manual_seed(0)
-    states = [build(module, C=16).state_dict() for module in (textbook, model_search)]
+    states = [build(form, C=16).state_dict() for form in FORMS]
     kinds = {}
     for name in states[0]:
         if name.endswith("weight") and "_ops" in name:
@@ -464,7 +469,7 @@ def test_weights_start_as_the_operations_initialize_them():
 
 
 def test_alphas_and_betas_stay_the_same_tensors():
-    network = build(model_search)
+    network = build("fused")
     tensors = arch(network)
     optimizer = torch.optim.Adam(network.arch_parameters(), 0.1)
     network(torch.randn(2, 3, 8, 8)).sum().backward()
@@ -497,7 +502,7 @@ def test_deepcopy():
 @pytest.mark.parametrize("edge_norm", [True, False])
 def test_new_has_the_same_alphas_and_betas_and_fresh_weights(edge_norm):
     arguments = dict(C=8, num_classes=5, layers=4, k=2, steps=3, multiplier=2, stem_multiplier=2)
-    network = build(model_search, stem="imagenet", edge_norm=edge_norm, **arguments).double()
+    network = build("fused", stem="imagenet", edge_norm=edge_norm, **arguments).double()
     other = network.new()
     mine, its = network.state_dict(), other.state_dict()
     assert {n: (v.shape, v.dtype) for n, v in mine.items()} == {
@@ -527,13 +532,13 @@ def test_new_has_the_same_alphas_and_betas_and_fresh_weights(edge_norm):
         (dict(multiplier=5), ["multiplier=5", "steps=4"]),
         (dict(multiplier=0), ["multiplier=0"]),
         (dict(steps=0, multiplier=0), ["multiplier=0"]),
-        (dict(stem="resnet"), ["'resnet'", "'cifar'", "'imagenet'"]),
+        (dict(stem="vit"), ["'vit'", "cifar", "imagenet"]),
     ],
     ids=str,
 )
 def test_arguments_that_make_no_network(arguments, words):
     with pytest.raises(ValueError) as info:
-        build(model_search, **arguments)
+        build("fused", **arguments)
     one_line(info, *words)
 
 
@@ -545,7 +550,7 @@ def default():
     """{module name: its default network}."""
     torch.manual_seed(0)
     arguments = dict(C=16, num_classes=10, layers=8, k=4)
-    return {module.__name__: build(module, **arguments) for module in (textbook, model_search)}
+    return {form: build(form, **arguments) for form in FORMS}
 
 
 def images_and_labels(n):
@@ -556,14 +561,14 @@ def images_and_labels(n):
 def kept(network):
     """Megabytes kept for backward, per image, of a batch of 64."""
     images, labels = images_and_labels(64)
-    kept = measure.bytes_kept(lambda: network._loss(images, labels), network.parameters())
+    kept = costs.bytes_kept(lambda: network._loss(images, labels), network.parameters())
     return kept / 1e6 / len(images)
 
 
 def test_bytes_kept_for_backward(default):
-    assert kept(default["textbook"]) == pytest.approx(39.9, abs=0.2)
-    assert kept(default["model_search"]) <= 14
-    again = build(model_search, C=16, num_classes=10, layers=8, k=4, recompute=True)
+    assert kept(default["plain"]) == pytest.approx(39.9, abs=0.2)
+    assert kept(default["fused"]) <= 14
+    again = build("fused", C=16, num_classes=10, layers=8, k=4, recompute=True)
     assert kept(again) <= 9
 
 
@@ -583,7 +588,7 @@ def test_recomputing_changes_no_bit(space, k, monkeypatch):
     gradients = []
     for again in (False, True):
         torch.manual_seed(0)
-        network = build(model_search, C=4, k=k, recompute=again).double()
+        network = build("fused", C=4, k=k, recompute=again).double()
         learning = [*network.weights(), *network.arch_parameters()]
         gradients.append(torch.autograd.grad(network._loss(images, labels), learning))
     for plain, again in zip(*gradients, strict=True):
@@ -592,17 +597,17 @@ def test_recomputing_changes_no_bit(space, k, monkeypatch):
 
 def test_large_tensors_are_not_put_side_by_side():
     small, large = torch.zeros(1, 2, 1, 2**20), torch.zeros(1, 1, 1, 2**23)
-    together = model_search.side_by_side([small, large, small, small, large])
+    together = side_by_side([small, large, small, small, large])
     assert [tensor.shape[1] for tensor in together] == [2, 1, 4, 1]
 
 
 def test_float32_rounds_little():
     """Logits in training against those of float64; E[y^2] - E[y]^2 rounds more than edge by edge.
 
-    (Gradients of alphas jump where rounding moves a ReLU or a maximum, in the textbook's form too.)
+    (Gradients of alphas jump where rounding moves a ReLU or a maximum, in the plain form too.)
     """
     torch.manual_seed(0)
-    network = build(model_search, C=16, layers=8, k=4)
+    network = build("fused", C=16, layers=8, k=4)
     images, _ = batch(16, (16, 16), 3)
     with torch.no_grad():
         single = network(images.float() + 3)
@@ -610,7 +615,7 @@ def test_float32_rounds_little():
 
 
 def test_channels_without_variance_give_no_nan():
-    network = build(model_search, C=8, k=2)
+    network = build("fused", C=8, k=2)
     loss = network._loss(torch.full((4, 3, 16, 16), 50.0), torch.tensor([0, 1, 2, 0]))
     learning = [*network.weights(), *network.arch_parameters()]
     gradients = torch.autograd.grad(loss, learning)
@@ -622,7 +627,7 @@ def test_bfloat16_leads_to_the_alphas_of_float32():
     results = []
     for amp in (False, True):
         torch.manual_seed(0)
-        network = build(model_search, C=8, layers=4, k=4)
+        network = build("fused", C=8, layers=4, k=4)
         args = SimpleNamespace(
             momentum=0.9,
             weight_decay=3e-4,
@@ -652,12 +657,10 @@ def test_bfloat16_leads_to_the_alphas_of_float32():
 
 def test_aten_calls(default):
     images, labels = images_and_labels(2)
-    calls = measure.aten_calls(lambda: default["model_search"]._loss(images, labels).backward())
+    calls = costs.aten_calls(lambda: default["fused"]._loss(images, labels).backward())
     assert 1_000 < calls.total() <= 4_500, calls
-    textbook_calls = measure.aten_calls(
-        lambda: default["textbook"]._loss(images, labels).backward()
-    )
-    assert textbook_calls.total() > 2 * calls.total()
+    plain_calls = costs.aten_calls(lambda: default["plain"]._loss(images, labels).backward())
+    assert plain_calls.total() > 2 * calls.total()
 
 
 def test_forward_and_backward_take_half_the_time(default):
@@ -677,12 +680,12 @@ def test_forward_and_backward_take_half_the_time(default):
 
 def test_measure_counts_what_is_computed_and_kept():
     x = torch.randn(4, 6)
-    calls = measure.aten_calls(lambda: x.t()[1:].reshape(-1).sin().view(4, 5).unsqueeze(0).sum())
+    calls = costs.aten_calls(lambda: x.t()[1:].reshape(-1).sin().view(4, 5).unsqueeze(0).sum())
     assert calls == {"clone": 1, "sin": 1, "sum": 1}
-    assert measure.aten_calls(lambda: torch.zeros(3).add_(1)) == {"zeros": 1, "add_": 1}
+    assert costs.aten_calls(lambda: torch.zeros(3).add_(1)) == {"zeros": 1, "add_": 1}
     w = torch.randn(100, requires_grad=True)
-    both = measure.bytes_kept(lambda: (w.exp() * w).sum(), [w])  # exp's output, for two ops
-    assert both == 400 and measure.bytes_kept(lambda: (w.exp() * w).sum()) == 800
+    both = costs.bytes_kept(lambda: (w.exp() * w).sum(), [w])  # exp's output, for two ops
+    assert both == 400 and costs.bytes_kept(lambda: (w.exp() * w).sum()) == 800
 
     class Holds(torch.autograd.Function):
         @staticmethod
@@ -691,7 +694,7 @@ def test_measure_counts_what_is_computed_and_kept():
             ctx.closure = lambda: ctx.inside
             return x * 4
 
-    assert measure.bytes_kept(lambda: Holds.apply(w).sum()) == 800  # which no hook sees
+    assert costs.bytes_kept(lambda: Holds.apply(w).sum()) == 800  # which no hook sees
 
 
 # The list of operations is the user's
@@ -798,7 +801,7 @@ def test_other_lists_of_operations(names, primitives):
 @pytest.mark.parametrize("i", range(20))
 def test_golden_genotypes(i):
     found, config = recipe.golden("genotype", "genotype")
-    network = build(model_search).double()
+    network = build("fused").double()
     for name, tensor in arch(network).items():
         values = recipe.entry(f"{config['seed']}/{i}", name, tuple(tensor.shape))
         tensor.data.copy_(torch.from_numpy((3.0, 1.0, 1e-3)[i % 3] * values))
@@ -807,7 +810,7 @@ def test_golden_genotypes(i):
 
 def flat(**arguments):
     """A network with all alphas and betas zero."""
-    network = build(model_search, **arguments)
+    network = build("fused", **arguments)
     for tensor in network.arch_parameters():
         tensor.data.zero_()
     return network
@@ -867,7 +870,7 @@ def test_genotype_leaves_the_network_alone():
 
 
 def test_alphas_still_learn_after_an_assigned_state_dict():
-    first, second = build(model_search), build(model_search)
+    first, second = build("fused"), build("fused")
     second.load_state_dict(first.state_dict(), assign=True)
     images, labels = images_and_labels(2)
     second._loss(images, labels % 3).backward()
@@ -878,4 +881,4 @@ def test_alphas_still_learn_after_an_assigned_state_dict():
 def test_a_space_of_none_gives_logits(k, monkeypatch):
     monkeypatch.setattr(model_search, "PRIMITIVES", ["none"])
     images, _ = images_and_labels(2)
-    assert build(model_search, k=k)(images).shape == (2, 3)
+    assert build("fused", k=k)(images).shape == (2, 3)

@@ -20,7 +20,8 @@ import torch
 
 import genotypes
 import utils
-from engine import Figures
+from harness import files, script
+from harness.loops import Figures
 from test_bad_inputs import Hostile
 from test_imagenet import fill
 
@@ -99,7 +100,7 @@ def _script(name, flags, cwd, output):
     sys.argv = [name, *flags]
     torch.set_num_threads(1)
     module = importlib.import_module(name.removesuffix(".py"))
-    utils.run(module.main, module.get_args)
+    script.run(module.main, module.get_args)
 
 
 def run(command, cwd, code=0):
@@ -249,7 +250,7 @@ def test_two_processes_cannot_resume_the_same_run(tmp_path):
 
 
 def test_two_runs_of_the_same_second_have_two_folders(tmp_path):
-    folders = {utils.create_exp_dir("eval", str(tmp_path / "x")) for _ in range(3)}
+    folders = {files.create_exp_dir("eval", str(tmp_path / "x")) for _ in range(3)}
     assert len(folders) == 3
 
 
@@ -341,8 +342,8 @@ def test_records_are_written_again_as_the_checkpoint_has_them(whole, tmp_path, d
 
 def test_every_byte_of_a_checkpoint_is_checked(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    utils.save({"x": torch.arange(9.0), "epoch": 3}, path)
-    assert utils.is_whole(path) and utils.load(path)["epoch"] == 3
+    files.save({"x": torch.arange(9.0), "epoch": 3}, path)
+    assert files.is_whole(path) and files.load(path)["epoch"] == 3
     content = path.read_bytes()
     draw = random.Random(0)
     places = [*range(0, 200), *range(len(content) - 200, len(content))]
@@ -351,16 +352,16 @@ def test_every_byte_of_a_checkpoint_is_checked(tmp_path):
         changed[place] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
         # But for the length of the comment, in which nothing is kept.
-        assert not utils.is_whole(path) or len(content) - place in (33, 34), place
+        assert not files.is_whole(path) or len(content) - place in (33, 34), place
     for length in (0, 1, 33, 34, 60, len(content) - 32, len(content) - 1):
         path.write_bytes(content[:length])
-        assert not utils.is_whole(path)
+        assert not files.is_whole(path)
     torch.save({"x": torch.arange(9.0)}, path)  # a foreign file, by its own checksums
-    assert utils.is_whole(path)
+    assert files.is_whole(path)
     content = path.read_bytes()
     place = content.index(torch.arange(9.0).numpy().tobytes())
     path.write_bytes(content[:place] + b"\1" + content[place + 1 :])
-    assert not utils.is_whole(path)
+    assert not files.is_whole(path)
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path):
@@ -384,7 +385,7 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(whole, t
     process = Script(f"train.py --resume {folder} --save_every 60", tmp_path)
     assert process.wait_for("going on from the one before")
     process.end(signal.SIGKILL)
-    assert not (folder / "checkpoint.pt").exists() or utils.is_whole(folder / "checkpoint.pt")
+    assert not (folder / "checkpoint.pt").exists() or files.is_whole(folder / "checkpoint.pt")
     assert (folder / "checkpoint.prev.pt").read_bytes() == before
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 import genotypes
 import model_search
 import utils
+from harness import files
+from helpers import copy_code
 
 ROOT = Path(__file__).parents[1]
 TINY_SEARCH = "--set digits --epochs 2 --begin 1 --batch_size 128 --init_channels 8 --layers 3"
@@ -154,18 +156,16 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    utils.save({"epoch": 1}, tmp_path / "checkpoint.pt")
+    files.save({"epoch": 1}, tmp_path / "checkpoint.pt")
     monkeypatch.setattr(utils.os, "fsync", full)
     with pytest.raises(utils.UserError, match="No space left"):
-        utils.save({"epoch": 2}, tmp_path / "checkpoint.pt")
+        files.save({"epoch": 2}, tmp_path / "checkpoint.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert utils.load(tmp_path / "checkpoint.pt") == {"epoch": 1}
+    assert files.load(tmp_path / "checkpoint.pt") == {"epoch": 1}
 
 
 def test_a_cell_pasted_into_genotypes_is_a_name(tmp_path):
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copy(ROOT / "digits.npz", tmp_path)
+    copy_code(tmp_path)
     with (tmp_path / "genotypes.py").open("a") as file:
         file.write(
             "\nMyCell = Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1)], "

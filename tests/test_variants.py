@@ -4,7 +4,6 @@ import collections
 import itertools
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +19,10 @@ from torch.nn import functional as F
 import genotypes
 import model
 import model_search
-import textbook
 import train_search
-import utils
-from architect import Architect, dominant_eigenvalue
+from architect import Architect
+from harness import analysis, files
+from helpers import copy_code
 from test_model_search import assert_equal, batch, close, gradients, twins
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +61,8 @@ def test_random_channels_are_put_back_in_their_places(k):
     for draw in range(3):
         actual.resample()
         for one, other in zip(expected.cells, actual.cells, strict=True):
-            for edge in one._ops:
-                edge.drawn = other.channel_order[: other.c]
+            one.channel_order.copy_(other.channel_order)
+            one.channel_places.copy_(other.channel_places)
         found = []
         for network in pair:
             network.zero_grad()
@@ -108,11 +107,12 @@ def test_variants_that_cannot_be(wrong, words):
 # --- second order and eigenvalue, against exact autograd ---
 
 
-class Exact(textbook.Network):
+class Exact(model_search.Network):
     """A small supernet in float64 whose loss can be differentiated twice."""
 
     def __init__(self, **arguments):
-        super().__init__(4, 3, 3, nn.CrossEntropyLoss(), steps=2, multiplier=2, k=2, **arguments)
+        arguments |= dict(steps=2, multiplier=2, k=2, fused=False)
+        super().__init__(4, 3, 3, nn.CrossEntropyLoss(), **arguments)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_eigenvalue_is_that_of_the_exact_hessian(exact):
     exact.alphas_normal, exact.alphas_reduce = alphas
     kept = [alpha.clone() for alpha in alphas]
     state = {name: value.clone() for name, value in exact.state_dict().items()}
-    found = dominant_eigenvalue(exact, images, labels, iterations=200, step=1e-6)
+    found = analysis.dominant_eigenvalue(exact, images, labels, iterations=200, step=1e-6)
     assert found == pytest.approx(float(largest), rel=1e-3)
     for alpha, before in zip(alphas, kept, strict=True):
         assert torch.equal(alpha, before)
@@ -186,7 +186,8 @@ def test_eigenvalue_of_the_supernet_is_the_same(exact):
         mine.data.copy_(its.data)
     fast.eval()
     values = [
-        dominant_eigenvalue(network, *batch(4, (8, 8), 3), step=1e-6) for network in (exact, fast)
+        analysis.dominant_eigenvalue(network, *batch(4, (8, 8), 3), step=1e-6)
+        for network in (exact, fast)
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-6) and not fast.training
 
@@ -221,13 +222,13 @@ def test_entropies():
     network = model_search.Network(16, 3, 3, None)
     for tensor in network.arch_parameters():
         tensor.data.zero_()
-    found = network.entropies()
+    found = analysis.entropies(network)
     assert found["alpha_entropy_normal"] == pytest.approx(math.log(8))
     nodes = sum(math.log(n) for n in (2, 3, 4, 5)) / 4
     assert found["beta_entropy_reduce"] == pytest.approx(nodes, rel=1e-5)
     network.alphas_reduce.data[:, 0] = 100
-    assert network.entropies()["alpha_entropy_reduce"] == pytest.approx(0, abs=1e-6)
-    assert len(model_search.Network(16, 3, 3, None, edge_norm=False).entropies()) == 2
+    assert analysis.entropies(network)["alpha_entropy_reduce"] == pytest.approx(0, abs=1e-6)
+    assert len(analysis.entropies(model_search.Network(16, 3, 3, None, edge_norm=False))) == 2
 
 
 # --- random cells ---
@@ -331,9 +332,7 @@ def test_an_operation_of_ones_own(tmp_path):
     assert OWN.strip() in "\n".join(
         line.removeprefix("    ") for line in (ROOT / "README.md").read_text().splitlines()
     )
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copy(ROOT / "digits.npz", tmp_path)
+    copy_code(tmp_path)
     with (tmp_path / "operations.py").open("a") as file:
         file.write(OWN)
     flags = f"{TINY} 8 --begin 0 --primitives none,gate,sep_conv_7x7".split()
@@ -402,7 +401,7 @@ def test_export(tmp_path):
     session = runtime.InferenceSession(folder / "network.onnx")
     [logits] = session.run(None, {"images": images.numpy()})
     network = model.NetworkCIFAR(4, 10, 3, True, genotypes.load(folder))
-    network.load_state_dict(utils.load(folder / "weights.pt"))
+    network.load_state_dict(files.load(folder / "weights.pt"))
     wanted = network.eval()(images)[0]
     assert (torch.from_numpy(logits) - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert (program.module()(images) - wanted).abs().max() < 1e-4 * wanted.abs().max()

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 import genotypes
-import report
-import utils
-import visualize
 from genotypes import Genotype
+from harness import drawing, files, report
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
@@ -44,10 +42,10 @@ CELLS = {f"{name} {kind}": cell for name, g in ALL.items()
 def test_every_edge_and_label_is_drawn_once(cell):
     edges, concat = cell
     buffer = io.BytesIO()
-    visualize.draw_cell(edges, concat).savefig(buffer, format="svg")
+    drawing.draw_cell(edges, concat).savefig(buffer, format="svg")
     root = ET.fromstring(buffer.getvalue())
     texts = sorted("".join(text.itertext()) for text in root.iter(f"{SVG}text"))
-    assert texts == sorted([op for op, _ in edges] + visualize.node_names(edges))
+    assert texts == sorted([op for op, _ in edges] + drawing.node_names(edges))
     ids = [element.get("id") or "" for element in root.iter(f"{SVG}g")]
     drawn = sorted(name for name in ids if name.startswith(("edge-", "concat-")))
     expected = [f"edge-{e}" for e in range(len(edges))] + [
@@ -59,9 +57,9 @@ def test_every_edge_and_label_is_drawn_once(cell):
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_nothing_overlaps_or_leaves_the_picture(cell):
     edges, concat = cell
-    places = visualize.layout(edges, concat)
-    boxes = [(*box, visualize.NODE_HEIGHT) for box in places.nodes.values()]
-    boxes += [(*box, visualize.LABEL_HEIGHT) for box in places.labels.values()]
+    places = drawing.layout(edges, concat)
+    boxes = [(*box, drawing.NODE_HEIGHT) for box in places.nodes.values()]
+    boxes += [(*box, drawing.LABEL_HEIGHT) for box in places.labels.values()]
     for x, y, width, height in boxes:
         assert x - width / 2 > 0 and x + width / 2 < places.size[0]
         assert y - height / 2 > 0 and y + height / 2 < places.size[1]
@@ -83,30 +81,30 @@ def test_nothing_overlaps_or_leaves_the_picture(cell):
 
 def test_no_more_crossings_than_needed(monkeypatch):
     """Against all orders of the places, for cells of which there are few."""
-    original, seen = visualize.fewest_crossings, {}
+    original, seen = drawing.fewest_crossings, {}
 
     def spy(order, links):
         seen.update(order=order, links=links)
         return original(order, links)
 
-    monkeypatch.setattr(visualize, "fewest_crossings", spy)
+    monkeypatch.setattr(drawing, "fewest_crossings", spy)
     for edges in (
         [("a", 0), ("b", 1), ("c", 0), ("d", 1)],
         [("a", 0), ("b", 1), ("c", 0), ("d", 2)],
         [("a", 1), ("b", 0), ("c", 2), ("d", 2)],
     ):
-        found = visualize.layout(edges, [2, 3]).crossings
+        found = drawing.layout(edges, [2, 3]).crossings
         best = min(
-            sum(visualize._crossings(ranks, seen["links"], r) for r in range(len(ranks) - 1))
+            sum(drawing._crossings(ranks, seen["links"], r) for r in range(len(ranks) - 1))
             for ranks in itertools.product(*map(itertools.permutations, seen["order"]))
         )
         assert found == best
 
 
 def test_colours_are_of_the_op():
-    assert len({visualize.colour(op) for op in genotypes.PRIMITIVES}) == len(genotypes.PRIMITIVES)
-    assert visualize.colour("my_op") == visualize.colour("my_op")
-    light = [sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in visualize.COLOURS.values()]
+    assert len({drawing.colour(op) for op in genotypes.PRIMITIVES}) == len(genotypes.PRIMITIVES)
+    assert drawing.colour("my_op") == drawing.colour("my_op")
+    light = [sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in drawing.COLOURS.values()]
     assert max(light) < 3 * 200  # on white paper
 
 
@@ -130,7 +128,7 @@ def test_pictures_are_written_the_same_each_time(tmp_path, kind):
 
 
 def test_graphviz_source():
-    source = visualize.dot(ODD["repeated inputs"])
+    source = drawing.dot(ODD["repeated inputs"])
     assert source.count("->") == 8 + 1 + 2
     assert source.count('label="max_pool_3x3"') == 4 and source.count("normal2 -> normal3") == 2
     assert source.count("{") == source.count("}") + source.count("c_{k") - source.count('}"')
@@ -143,7 +141,7 @@ def a_search(folder, epochs, of=4, steps=4, edge_norm=True, **args):
     folder.mkdir()
     ops, edges = genotypes.PRIMITIVES, steps * (steps + 3) // 2
     args = {"epochs": of, "save": "a", "seed": 0, "begin": 1} | args
-    about = {"format": utils.FORMAT, "script": "train_search", "args": args, "classes": ["x", "y"]}
+    about = {"format": files.FORMAT, "script": "train_search", "args": args, "classes": ["x", "y"]}
     about |= {"command": ["train_search.py", "--note", "<b>"], "primitives": ops, "device": "CPU"}
     (folder / "args.json").write_text(json.dumps(about))
     cell = [("sep_conv_3x3", 0), ("skip_connect", 1)] * steps
@@ -159,21 +157,21 @@ def a_search(folder, epochs, of=4, steps=4, edge_norm=True, **args):
             if edge_norm:
                 row[f"beta_entropy_{kind}"] = 1
                 fields[f"softmax_betas_{kind}"] = [0.25] * edges
-        utils.append_csv(folder / "metrics.csv", row)
-        utils.append_jsonl(folder / "genotypes.jsonl", fields)
+        files.append_csv(folder / "metrics.csv", row)
+        files.append_jsonl(folder / "genotypes.jsonl", fields)
     return folder
 
 
 def a_training(folder, accuracies, of=None, **args):
     folder.mkdir()
     args = {"epochs": of or len(accuracies), "save": "t", "seed": 0, "arch": "PCDARTS"} | args
-    about = {"format": utils.FORMAT, "script": "train", "args": args, "device": "CPU"}
+    about = {"format": files.FORMAT, "script": "train", "args": args, "device": "CPU"}
     (folder / "args.json").write_text(json.dumps(about))
     genotypes.save(genotypes.PCDARTS, folder / "genotype.json")
     for epoch, accuracy in enumerate(accuracies, 1):
         row = {"epoch": epoch, "learning_rate": 0.1, "loss": 1, "top1": 50, "seconds": 90}
         row |= {"memory_mib": 10, "test_loss": 1, "test_top1": accuracy}
-        utils.append_csv(folder / "metrics.csv", row)
+        files.append_csv(folder / "metrics.csv", row)
     return folder
 
 
@@ -280,8 +278,10 @@ def test_animation(tmp_path):
 
 def test_without_matplotlib_scripts_run_and_say_what_to_install(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    code = "import sys; sys.argv = ['{0}', *'{1}'.split()]; import {0}, utils; "
-    code += "utils.run({0}.main, {0}.get_args)"
+    code = (
+        "import sys; sys.argv = ['{0}', *'{1}'.split()]; import {0}; from harness import script; "
+    )
+    code += "script.run({0}.main, {0}.get_args)"
 
     def script(name, flags):
         return subprocess.run(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import genotypes
 import utils
-import visualize
+from harness import drawing, files, flags
 
 KINDS = {"normal": "normal cell", "reduce": "reduction cell"}
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
@@ -61,7 +61,7 @@ class Record(NamedTuple):
 def read(folder):
     """The Record of a run folder; UserError where it is none or cannot be read."""
     folder = Path(folder).expanduser()
-    about = utils.read_args(folder)
+    about = files.read_args(folder)
     if not str(about.get("script")).startswith("train"):
         raise utils.UserError(f"{folder} is no run of a search or training: give such a folder")
     rows, cells = [], []
@@ -120,7 +120,7 @@ def pictures(run):
     if run.rows:
         found["curves"] = "", curves(run)
     if run.genotype is not None:
-        for kind, figure in visualize.draw(run.genotype).items():
+        for kind, figure in drawing.draw(run.genotype).items():
             found[f"{kind} cell"] = "", figure
     if run.is_search and run.rows and "alpha_entropy_normal" in run.rows[0]:
         found["what is watched"] = "", watched(run)
@@ -184,11 +184,11 @@ def page(path, title, parts):
         raise utils.UserError(
             f"cannot make {path.parent} ({error.strerror}): give another --out"
         ) from None
-    utils.write(path, text.encode())
+    files.write(path, text.encode())
 
 
 def subplots(n, width, height):
-    figure = visualize.figures().Figure(figsize=(width, height), layout="constrained")
+    figure = drawing.figures().Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
@@ -282,7 +282,7 @@ def alphas(run, kind):
     values = [value for epoch in table for edge in epoch for value in edge]
     low, high = min(values), max(values)
     height = 0.35 + steps * (0.11 * len(ops) + 0.22)
-    figure = visualize.figures().Figure(figsize=(7.2, height), layout="constrained")
+    figure = drawing.figures().Figure(figsize=(7.2, height), layout="constrained")
     grid = figure.subplots(steps, steps + 1, squeeze=False, sharex=True)
     drawn, start = None, 0
     for node in range(steps):
@@ -298,7 +298,7 @@ def alphas(run, kind):
                 values, aspect="auto", interpolation="nearest", vmin=low, vmax=high,
                 extent=(0.5, len(table) + 0.5, len(ops) - 0.5, -0.5),
             )  # fmt: skip
-            name = visualize.node_names([None] * 2 * steps)[source]
+            name = drawing.node_names([None] * 2 * steps)[source]
             axis.set_title(f"{name} to {node}", pad=2)
             axis.set_yticks(range(len(ops)), ops if source == 0 else [])
             axis.tick_params(length=1.5)
@@ -317,7 +317,7 @@ def betas(run):
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         table = [row[f"softmax_betas_{kind}"] for row in run.cells]
         steps = steps_of(len(table[0]))
-        names = visualize.node_names([None] * 2 * steps)
+        names = drawing.node_names([None] * 2 * steps)
         labels = [f"{names[s]} to {node}" for node in range(steps) for s in range(node + 2)]
         among = [node + 2 for node in range(steps) for _ in range(node + 2)]  # edges to its node
         drawn = axis.imshow(
@@ -358,25 +358,23 @@ def animate(run, path):
                 (genotype.normal, genotype.normal_concat),
                 (genotype.reduce, genotype.reduce_concat),
             )
-            places[text] = [visualize.layout(*cell) for cell in both]
+            places[text] = [drawing.layout(*cell) for cell in both]
         frames.append((row["epoch"], genotype, places[text]))
     width = max(cell.size[0] for _, _, both in frames for cell in both)
     heights = [max(both[i].size[1] for _, _, both in frames) for i in (0, 1)]
     images = []
     for epoch, genotype, (normal, reduction) in frames:
         size = width, sum(heights) + 0.5
-        figure = visualize.figures().Figure(figsize=size)
+        figure = drawing.figures().Figure(figsize=size)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, size[0]), ylim=(0, size[1]))
         for cell, places_of, low, name in (
             (genotype.reduce, reduction, 0.05, "reduction"),
             (genotype.normal, normal, heights[1] + 0.25, "normal"),
         ):
-            visualize.draw_into(axes, cell, places_of, (width - places_of.size[0]) / 2, low)
+            drawing.draw_into(axes, cell, places_of, (width - places_of.size[0]) / 2, low)
             top = low + heights[name == "reduction"]
-            axes.text(
-                0.08, top, f"{name} cell, epoch {epoch}", va="bottom", fontsize=visualize.FONT
-            )
+            axes.text(0.08, top, f"{name} cell, epoch {epoch}", va="bottom", fontsize=drawing.FONT)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=160)
         images.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE))
@@ -395,7 +393,7 @@ def groups(runs):
     """[[runs that differ in nothing but their seed, their time and what they are trained on]]."""
     alike = {}
     for run in runs:
-        args = {name: value for name, value in run.about["args"].items() if name not in utils.FREE}
+        args = {name: value for name, value in run.about["args"].items() if name not in flags.FREE}
         for name in ("seed", "note"):
             args.pop(name, None)
         if "/" in str(args.get("arch")) or str(args.get("arch")).startswith("search-"):
@@ -458,7 +456,7 @@ def compare(runs, path):
         cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
     figure, (loss, accuracy) = subplots(2, 7.2, 3)
-    colours = [*visualize.COLOURS.values(), *visualize.OTHERS]
+    colours = [*drawing.COLOURS.values(), *drawing.OTHERS]
     styles = ("-", "--", ":", "-.")
     for i, group in enumerate(groups(runs)):
         for j, run in enumerate(group):

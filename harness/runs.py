@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
 import genotypes
-import report
 import utils
-import visualize
+from harness import distributed, drawing, files, flags, report, script
+from harness.files import FORMAT
 from operations import OPS
-from utils import FORMAT, UserError
+from utils import UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
 RECORDS = ("metrics.csv", "genotypes.jsonl")  # a checkpoint holds them as they were
@@ -39,7 +38,7 @@ class Run:
     """
 
     def __init__(self, kind, args, device, parts, values=None, genotype=None, **about):
-        self.args = {name: value for name, value in vars(args).items() if name not in utils.FREE}
+        self.args = {name: value for name, value in vars(args).items() if name not in flags.FREE}
         self.genotype = None if genotype is None else genotypes.text(genotype)
         self.device, self.parts, self.values = device, parts, dict(values or {})
         self.epoch, self.figures, self.unfinished = 0, None, None
@@ -49,23 +48,23 @@ class Run:
         if self.resumed:
             self.folder = Path(args.resume)
         else:
-            self.folder = distributed.on_main(lambda: utils.create_exp_dir(kind, args.save))
-        self.log = utils.start_log(self.folder, quiet=not distributed.is_main())
+            self.folder = distributed.on_main(lambda: files.create_exp_dir(kind, args.save))
+        self.log = files.start_log(self.folder, quiet=not distributed.is_main())
         if distributed.is_main():
             self._lock()
         if self.resumed:
-            if utils.read_args(self.folder).get("classes") != about["classes"]:
+            if files.read_args(self.folder).get("classes") != about["classes"]:
                 raise UserError(f"{self.folder} learned other classes: give the data of the run")
             self._restore(load_checkpoint(self.folder, self.log), args)
         elif distributed.is_main():
-            utils.write_args(self.folder, args, device=utils.describe(device), **_code(), **about)
+            files.write_args(self.folder, args, device=flags.describe(device), **_code(), **about)
             if genotype is not None:
-                utils.write(self.folder / "genotype.json", genotypes.to_json(genotype).encode())
+                files.write(self.folder / "genotype.json", genotypes.to_json(genotype).encode())
             _copy_scripts(self.folder / "scripts")
         if not self.resumed:
             torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
         processes = distributed.world_size()
-        self.log.info("%s%s", utils.describe(device), f", {processes} processes" * (processes > 1))
+        self.log.info("%s%s", flags.describe(device), f", {processes} processes" * (processes > 1))
         self.tensorboard = None
         if args.tensorboard and distributed.is_main():
             from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +85,7 @@ class Run:
         if distributed.is_main():
             for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
                 path.unlink(missing_ok=True)
-        before, now = utils.read_args(self.folder).get("torch"), torch.__version__
+        before, now = files.read_args(self.folder).get("torch"), torch.__version__
         if before != now:
             self.log.info("this is torch %s, the run began with %s: bits may differ", now, before)
         if state is None and (self.folder / "weights.pt").exists():
@@ -155,7 +154,7 @@ class Run:
         """Whether nothing is left to do."""
         path = self.folder / "weights.pt"
         with contextlib.suppress(OSError, zipfile.BadZipFile, ValueError):
-            return self.epoch == args.epochs and utils.is_whole(path)
+            return self.epoch == args.epochs and files.is_whole(path)
         return False
 
     def _signalled(self, number, frame):
@@ -191,9 +190,9 @@ class Run:
         """Writes what an epoch gave: a row of metrics.csv, of a search one of genotypes.jsonl."""
         if not distributed.is_main():
             return
-        utils.append_csv(self.folder / "metrics.csv", row)
+        files.append_csv(self.folder / "metrics.csv", row)
         if cell is not None:
-            utils.append_jsonl(self.folder / "genotypes.jsonl", cell)
+            files.append_jsonl(self.folder / "genotypes.jsonl", cell)
         if self.tensorboard is not None:
             board = self.tensorboard
             for name, value in row.items():
@@ -202,7 +201,7 @@ class Run:
                 board.add_histogram(name, np.array(cell[name]), row["epoch"])
             if cell is not None:
                 genotype = genotypes.from_json(json.dumps(cell), OPS)
-                for kind, figure in visualize.draw(genotype).items():
+                for kind, figure in drawing.draw(genotype).items():
                     board.add_figure(f"{kind} cell", figure, row["epoch"])
             board.flush()
 
@@ -244,8 +243,8 @@ class Run:
                     "lower --learning_rate; the checkpoint before was left as it is"
                 )
         path = self.folder / CHECKPOINT
-        utils.save(state, path, previous=self.folder / PREVIOUS)
-        utils.unsaved_runs.clear()
+        files.save(state, path, previous=self.folder / PREVIOUS)
+        script.unsaved_runs.clear()
 
 
 def load_genotype(args):
@@ -265,9 +264,9 @@ def load_checkpoint(folder, log):
         if not path.exists():
             continue
         try:
-            if not utils.is_whole(path):
+            if not files.is_whole(path):
                 raise UserError(f"{path} is damaged")
-            state = utils.load(path)
+            state = files.load(path)
         except Exception as error:  # whatever zipfile makes of damage
             failed = failed or error
             log.info("%s cannot be used (%s)", path, " ".join(str(error).split()))
@@ -295,7 +294,7 @@ def _write_records(folder, records):
     """metrics.csv and genotypes.jsonl as they were: no row twice, none that a kill has cut."""
     for name in RECORDS:
         if name in records:
-            utils.write(folder / name, records[name].encode())
+            files.write(folder / name, records[name].encode())
         else:
             (folder / name).unlink(missing_ok=True)
 
@@ -338,6 +337,10 @@ def _code():
 
 def _copy_scripts(folder):
     """The code as it was, as the published scripts keep it."""
-    folder.mkdir()
-    for path in Path(__file__).parent.glob("*.py"):
-        shutil.copy(path, folder)
+    code = Path(__file__).parents[1]
+    for path in [*code.glob("*.py"), *code.glob("*/__init__.py")]:
+        package = path.parent if path.name == "__init__.py" else code
+        for each in [path] if package == code else package.glob("*.py"):
+            copy = folder / each.relative_to(code)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(each, copy)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import distributed
-from utils import AverageMeter, UserError, accuracy, peak_memory
+from harness import distributed
+from harness.costs import peak_memory
+from utils import AverageMeter, UserError, accuracy
 
 
 class Figures:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import utils
+from harness import flags
 
 
 def start(args):
@@ -18,7 +19,7 @@ def start(args):
     args: device and gpu. Raises UserError where the device is not there.
     """
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")):
-        return utils.choose_device(args)
+        return flags.choose_device(args)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or args.gpu:
         raise utils.UserError(
@@ -26,7 +27,7 @@ def start(args):
             "or use --device cpu"
         )
     name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
-    device = utils.choose_device(SimpleNamespace(device=name, gpu=0))
+    device = flags.choose_device(SimpleNamespace(device=name, gpu=0))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -101,11 +102,11 @@ def total(values, device):
 
 
 @torch.no_grad()
-def average(tensors):
-    """The mean of each tensor over all processes, by one message for all."""
+def summed(tensors):
+    """The sum of each tensor over all processes, by one message for all."""
     if world_size() == 1:
         return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(world_size())
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
@@ -121,6 +122,17 @@ def share(images, device):
     everywhere = torch.full((), images, dtype=torch.float64, device=device)
     dist.all_reduce(everywhere)
     return images * world_size() / everywhere
+
+
+def averaged(gradients):
+    """A fused.Gradients whose gradients are those of the mean over the images of all processes."""
+
+    def everywhere(wanted, input, target):
+        weight = share(len(target), input.device) / world_size()
+        loss, logits, values = gradients(wanted, input, target, weight)
+        return loss, logits, summed(values)
+
+    return gradients if world_size() == 1 else everywhere
 
 
 def check_equal(tensors, what):
@@ -182,7 +194,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 def synchronized(network, device):
     """The network with the statistics of its batch norms taken over all processes."""
-    network.sync_bn = True  # the supernet's own norms
+    network.sync_bn = True
+    for module in network.modules():
+        if hasattr(module, "total"):  # a fused.Cell: its own norms
+            module.total = summed
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():

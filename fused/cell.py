@@ -1,0 +1,517 @@
+"""The cell of the supernet, several times faster: by source node, not by edge.
+
+model_search.Cell makes 14 slices, 14 x 8 operations and 14 shuffles. But all edges that leave node
+i read the same slice, so here the work is done once per source node, for its T targets together;
+and both input nodes go at once, as a wave of S = 2 sources. With the weights
+softmax(alpha) * softmax(beta):
+
+- ReLU, the pools and their norms do not depend on the target: once, not T times.
+- The depthwise convolutions of all targets and ops are one, on more channels.
+- The 1x1 convolution and the batch norm at the end of each op, and its weight in the sum, are one
+  1x1 convolution, of all ops side by side: its kernel needs the mean and the covariance of what
+  comes before, no more. The equations stand in fused/functions.py.
+- Sum, concatenation and shuffle are linear: a node is put together once, after the sum.
+- A cell's output is ReLU'd once, not by both cells that read it.
+
+First derivatives only: README, difference 12.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fused.functions import (
+    MOMENTUM,
+    Depthwise,
+    HalvedMax,
+    Moments,
+    NormReLUDepthwise,
+    NormSum,
+    factorized_kernel,
+    halve,
+)
+from genotypes import PRIMITIVES
+from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
+
+
+def remembered(tensor, key, make):
+    """make(), kept on the tensor that it is made of, for the cells that need the same again."""
+    kept = getattr(tensor, "_fused", None)
+    if kept is None or any(mine is not its for mine, its in zip(key, kept[0], strict=True)):
+        kept = tensor._fused = key, make()
+    return kept[1]
+
+
+def preprocess(block, x):
+    """block(x), a ReLUConvBN or FactorizedReduce, with a ReLU that is made once for all readers."""
+    relu = remembered(x, (), x.relu)
+    if isinstance(block, ReLUConvBN):
+        return block.op[1:](relu)
+    return block.bn(halve(relu, factorized_kernel(block.conv_1.weight, block.conv_2.weight)))
+
+
+def side_by_side(tensors):
+    """The tensors (N, ..., H, W) in as few tensors as may be, along channels, in this order.
+
+    None of 32 MiB or more: glibc gives these back to the system at once, and a new one costs a page
+    fault for every 4 KiB, more than what is computed with it.
+    """
+    groups, size = [], 0
+    for tensor in tensors:
+        size += tensor.nbytes
+        if not groups or size >= 2**25:
+            groups.append([])
+            size = tensor.nbytes
+        groups[-1].append(tensor)
+    return [torch.cat(group, 1) if len(group) > 1 else group[0] for group in groups]
+
+
+def edges_by_source(steps):
+    """The edges in the order by source, as numbers by target.
+
+    The edge from node i to target j has number 2 + 3 + ... + (j + 1) + i: 14 edges in 4 steps.
+    """
+    sources = range(steps + 1)
+    return [j * (j + 3) // 2 + i for i in sources for j in range(max(0, i - 1), steps)]
+
+
+def waves(steps):
+    """(number of sources, of targets of each) in the order in which a cell works on its nodes.
+
+    Both input nodes have all nodes as targets, so they go together.
+    """
+    return [(2, steps)] + [(1, steps - j) for j in range(1, steps)]
+
+
+class Stacked(nn.ParameterList):
+    """Weights of all edges of a cell, which reads and writes them under the released names."""
+
+    def _save_to_state_dict(self, *args):
+        pass
+
+    def _load_from_state_dict(self, *args):
+        pass
+
+
+def has_affine_norm(op):
+    return any(getattr(module, "affine", False) for module in op.modules())
+
+
+class Edge(nn.Module):
+    """The operations of one edge that have no batched form (users' own), applied one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self._ops = nn.ModuleDict()  # keyed by the op's place in primitives
+
+
+class Cell(nn.Module):
+    """One cell: `steps` nodes, each fed by all before it; the last `multiplier` make the output.
+
+    alphas, betas and state dicts number the edges by target; in here they stand by source.
+    """
+
+    total = None  # a function, where batch statistics are those of all processes: see Moments
+
+    def __init__(
+        self,
+        steps,
+        multiplier,
+        C_prev_prev,
+        C_prev,
+        C,
+        reduction,
+        reduction_prev,
+        k=4,
+        sampling="shuffle",
+        primitives=None,
+        recompute=False,
+    ):
+        super().__init__()
+        self.reduction, self.multiplier, self.k, self.c = reduction, multiplier, k, C // k
+        self.recompute, self.sampling = recompute, sampling
+        self.primitives = primitives or PRIMITIVES
+        if sampling == "random":  # source[:, channel_order] has the channels of the ops first
+            self.register_buffer("channel_order", torch.arange(C), persistent=False)
+            self.register_buffer("channel_places", torch.arange(C), persistent=False)
+        if reduction_prev:
+            self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
+        else:
+            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
+        self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
+        self.order = edges_by_source(steps)
+        self.waves = waves(steps)
+        self.strided = 2 * steps if reduction else 0  # edges with stride 2: the first
+        edges = [  # by target, as published, each op with its own initial weights
+            [OPS[name](self.c, 2 if reduction and i < 2 else 1, False) for name in self.primitives]
+            for j in range(steps)
+            for i in range(2 + j)
+        ]
+        edges = [edges[e] for e in self.order]
+        self._sort_operations(edges[0], edges[-1])
+        self._stack_weights(edges)
+
+    def _sort_operations(self, first, last):
+        """The places in primitives of each kind of op, read off the first and the last edge."""
+
+        def kind(*types):
+            """Places whose op is of these types on both edges, with norms that learn nothing."""
+            return [
+                o
+                for o, pair in enumerate(zip(first, last, strict=True))
+                if tuple(map(type, pair)) in types and not any(map(has_affine_norm, pair))
+            ]
+
+        def keeps_size(op, dilation):
+            """Whether its k x k convolutions, k odd, have this dilation and keep the size."""
+            convs = [m for m in op.op if isinstance(m, nn.Conv2d) and m.groups > 1]
+            return all(
+                conv.kernel_size == (k, k)
+                and k % 2
+                and conv.dilation == (dilation, dilation)
+                and conv.padding == (dilation * (k // 2),) * 2
+                for conv in convs
+                for k in conv.kernel_size[:1]
+            )
+
+        self.seps = [o for o in kind((SepConv, SepConv)) if keeps_size(last[o], 1)]
+        self.dils = [o for o in kind((DilConv, DilConv)) if keeps_size(last[o], 2)]
+        pools = kind((nn.MaxPool2d, nn.MaxPool2d), (nn.AvgPool2d, nn.AvgPool2d))
+        self.pools = [o for o in pools if "pool" in self.primitives[o]]
+        self.halves = kind((FactorizedReduce, Identity))
+        self.skips = self.halves if self.strided else kind((Identity, Identity))
+        batched = self.seps + self.dils + self.pools + self.skips + kind((Zero, Zero))
+        self.others = [o for o in range(len(self.primitives)) if o not in batched]
+        # Pools have no weights: one for all targets of a source.
+        self.pool_ops = nn.ModuleList(
+            nn.ModuleList((last if w else first)[o] for o in self.pools)
+            for w in range(len(self.waves))
+        )
+
+    def _stack_weights(self, edges):
+        """The parameters and the running statistics of all edges, by source."""
+        c = self.c
+
+        def stack(modules):
+            return nn.Parameter(torch.stack([module.weight.detach() for module in modules]))
+
+        # (op, place in the op) of the separable convolutions: the first ones of the sep_convs,
+        # their second ones, the dil_convs.
+        self.depthwise, self.pointwise = Stacked(), Stacked()
+        firsts, seconds = [(o, 1) for o in self.seps], [(o, 5) for o in self.seps]
+        groups = [firsts, seconds, [(o, 1) for o in self.dils]]
+        self.convs = [group for group in groups if group]
+        for group in self.convs:
+            for o, at in group:
+                self.depthwise.append(stack(edge[o].op[at] for edge in edges))  # (E, c, 1, k, k)
+            parts = [torch.stack([edge[o].op[at + 1].weight for edge in edges]) for o, at in group]
+            parts = torch.stack(parts, 1).detach()  # (E, ops, c, c, 1, 1)
+            self.pointwise.append(nn.Parameter(parts))
+        self.half_1, self.half_2 = Stacked(), Stacked()  # (strided edges, c / 2, c, 1, 1)
+        for o in self.halves:
+            self.half_1.append(stack(edge[o].conv_1 for edge in edges[: self.strided]))
+            self.half_2.append(stack(edge[o].conv_2 for edge in edges[: self.strided]))
+        # The rows of the running figures: for each wave the norms inside the sep_convs, then the
+        # last ones of the sep_convs, dil_convs and halves, then those of the pools.
+        self.middle_rows, self.last_rows = [], []
+        row = 0
+        for w, (S, T) in enumerate(self.waves):
+            middle, halves = S * T * len(self.seps), len(self.halves) * (self._stride(w) == 2)
+            last = S * T * (len(self.seps + self.dils) + halves) + S * len(self.pools)
+            self.middle_rows.append(slice(row, row + middle))
+            self.last_rows.append(slice(row + middle, row := row + middle + last))
+        self.register_buffer("running", torch.stack([torch.zeros(row, c), torch.ones(row, c)]))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_buffer("eye", torch.eye(c))
+        self.register_buffer("by_source", torch.tensor(self.order))
+        places = self._mixture_places()
+        self.shapes = [part.shape for part in places]
+        self.register_buffer("places", torch.cat([part.flatten() for part in places]))
+        self._ops = nn.ModuleList(Edge() for _ in edges if self.others)
+        for e, edge in zip(self.order, edges, strict=True):
+            for o in self.others:
+                op = edge[o]
+                if "pool" in self.primitives[o]:
+                    op = nn.Sequential(op, nn.BatchNorm2d(c, affine=False))
+                self._ops[e]._ops[str(o)] = op
+
+    def _stride(self, wave):
+        return 2 if self.reduction and wave == 0 else 1
+
+    def _plain(self, wave):
+        """The number of blocks without a norm, the last: the skip_connects where they are x."""
+        return self.waves[wave][0] * len(self.skips) if self._stride(wave) == 1 else 0
+
+    def _mixture_places(self):
+        """Of each wave where in a row of all coefficients (E, ops) W has its entries: (T, blocks).
+
+        W is the matrix of operations.NormSum: an edge's ops go to its own target, the pools and the
+        skip_connect of a source to all. -1 stands for zero. `skips`, the last, are not normalized.
+        """
+        n = len(self.primitives)
+        places = torch.arange(len(self.order) * n).view(-1, n)
+        matrices = []
+        for w, part in enumerate(places.split([S * T for S, T in self.waves])):
+            S, T = self.waves[w]
+            part = part.view(S, T, -1)
+            halves, skips = (self.skips, []) if self._stride(w) == 2 else ([], self.skips)
+            own = torch.eye(T, dtype=torch.bool)[:, None, :, None]
+            blocks = []
+            for ops in (self.seps, self.dils, *([o] for o in halves)):
+                blocks.append(torch.where(own, part[:, :, ops], -1).flatten(1))
+            blocks.append(part[:, :, self.pools + skips].permute(1, 2, 0).flatten(1))
+            matrices.append(torch.cat(blocks, 1))
+        return matrices
+
+    def _fraction(self, x):
+        """Of all images those of this process, where statistics are taken over all processes."""
+        if self.total is None:
+            return 1
+        images = torch.full((), len(x), dtype=torch.float64, device=x.device)
+        return images / self.total([images])[0]
+
+    def _by_source(self, weights, betas):
+        """The weights of all cells of a kind: of the operations, of the bypass, and `mixtures`.
+
+        (E, ops) by source; (S, T) of each wave.
+        """
+        betas = betas[self.by_source]
+        coefficients = weights[self.by_source] * betas[:, None]
+        parts = zip(betas.split([S * T for S, T in self.waves]), self.waves, strict=True)
+        return coefficients, [part.view(wave) for part, wave in parts], self.mixtures(coefficients)
+
+    def mixtures(self, coefficients):
+        """(W, W_normed) of operations.NormSum, (T, blocks), of each wave; coefficients (E, ops)."""
+        row = F.pad(coefficients.flatten(), (0, 1))
+        parts = row[self.places].split([T * blocks for T, blocks in self.shapes])
+        Ws = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        plain = [self._plain(w) for w in range(len(Ws))]
+        normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, plain, strict=True)]
+        normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
+        return list(zip(Ws, normed, strict=True))
+
+    def forward(self, s0, s1, weights, betas):
+        """(N, multiplier * C, H, W) of s0 and s1, the outputs of the two cells before.
+
+        weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
+        """
+        if self.training:
+            self.num_batches_tracked += 1
+        coefficients, betas, mixtures = remembered(
+            weights, (self.reduction, betas), lambda: self._by_source(weights, betas)
+        )
+        states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
+        kernels = self._weights()
+        moments = Moments(self._fraction(s1), self.total) if self.training else None
+        mixed = bypass = None  # of the targets to come: the sums over the sources so far
+        start, sources = 0, states
+        for w, (S, T) in enumerate(self.waves):
+            edges, start = slice(start, start + S * T), start + S * T
+            if self.sampling == "random":
+                sources = [source.index_select(1, self.channel_order) for source in sources]
+            parts = [source.split([self.c, source.shape[1] - self.c], 1) for source in sources]
+            x = torch.cat([first for first, _ in parts], 1)  # (N, S * c, H, W)
+            kind = "cpu" if x.is_meta else x.device.type
+            with torch.autocast(kind, enabled=False):  # _mix computes in the type of x, or float32
+                mixed = self._mix(mixed, x, w, kernels[w], mixtures[w], moments)
+            for o in self.others:
+                ops = [self._ops[e]._ops[str(o)] for e in self.order[edges]]
+                inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
+                outs = zip(coefficients[edges, o], ops, inputs, strict=True)
+                outs = [weight * op(x) for weight, op, x in outs]
+                outs = sum(torch.cat(outs[s * T : s * T + T], 1) for s in range(S))
+                mixed = outs if mixed is None else mixed + outs
+            if self.k > 1:
+                for (_, rest), row in zip(parts, betas[w], strict=True):
+                    bypass = self._pass_by(bypass, rest, row, self._stride(w))
+            node, passed = mixed, bypass  # the first of the targets has all its edges now
+            if T > 1:
+                node, mixed = mixed.split([self.c, (T - 1) * self.c], 1)
+                passed, bypass = bypass.split([1, T - 1]) if self.k > 1 else (None, None)
+            states.append(self._node(node, passed))
+            sources = states[-1:]
+        if moments:
+            self._follow(moments, node.numel() // self.c / moments.fraction)
+        return torch.cat(states[-self.multiplier :], dim=1)
+
+    def _weights(self):
+        """Of each wave: depthwise kernels and P of the first sep_convs, of the second, of the dils.
+
+        Depthwise (edges, ops, c, k, k), smaller kernels padded to the largest; P (blocks, c, c).
+        """
+        edges = [S * T for S, T in self.waves]
+        weights = [[] for _ in edges]
+        kernels = iter(self.depthwise)
+        for group, P in zip(self.convs, self.pointwise, strict=True):
+            depthwise = [next(kernels).squeeze(2) for _ in group]
+            size = max(kernel.shape[-1] for kernel in depthwise)
+            margins = [(size - kernel.shape[-1]) // 2 for kernel in depthwise]
+            pairs = zip(depthwise, margins, strict=True)
+            depthwise = [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs]
+            depthwise = torch.stack(depthwise, 1)
+            turned = depthwise.detach().flip(3, 4).split(edges)
+            depthwise, P = depthwise.split(edges), P.flatten(3).split(edges)
+            for w in range(len(edges)):
+                weights[w].append((depthwise[w], turned[w], P[w].flatten(0, 1)))
+        return weights
+
+    @torch.no_grad()
+    def _follow(self, moments, pixels):
+        """The running figures follow the (-mean, variance) of all norms over this many pixels."""
+        minus_means, variances = zip(*moments, strict=True)
+        figures = torch.cat(minus_means + variances).view(self.running.shape)
+        unbiased = pixels / (pixels - 1 if pixels > 1 else 1)
+        self.running[1].lerp_(figures[1].mul_(unbiased), MOMENTUM)
+        self.running[0].mul_(1 - MOMENTUM).sub_(figures[0], alpha=MOMENTUM)
+
+    def _mix(self, mixed, x, w, weights, mixture, moments):
+        """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W)."""
+        W, W_normed = mixture
+        if not W.shape[1]:  # a space of `none` and of operations that run one by one
+            n, _, h, width = x[:, :, :: self._stride(w), :: self._stride(w)].shape
+            return x.new_zeros(n, len(W) * self.c, h, width) if mixed is None else mixed
+        (S, T), stride, weights = self.waves[w], self._stride(w), list(weights)
+        firsts, seconds = [weights.pop(0), weights.pop(0)] if self.seps else [None, None]
+        dils = weights.pop() if self.dils else None
+
+        def running(rows):
+            return *self.running[:, rows], moments
+
+        hs = self._first_convolutions(x, S, T, stride, firsts, dils)
+        Ps = []  # the 1x1 convolutions behind them
+        again = {} if self.recompute else None
+        if firsts:
+            kernel, turned, P = seconds
+            rows, first = running(self.middle_rows[w]), hs[0]
+            hs[0] = NormReLUDepthwise.apply(*rows, again, turned, first, firsts[2], kernel)
+            Ps.append(P)
+        if dils:
+            Ps.append(dils[2])
+        skips = len(self.skips) if stride == 1 else 0  # which are x itself
+
+        def pools(x):
+            return [pool(x) for pool in self.pool_ops[w]]
+
+        def remake(x, *kept):
+            """What NormSum reads anew, for its backward pass."""
+            kept = list(kept)
+            if firsts:
+                kept[0] = NormReLUDepthwise.remake(kept[0], kernel, again)
+            return side_by_side([*kept, *pools(x), *[x] * skips])
+
+        if self.recompute:
+            kept = [h.detach() for h in ([x, first, *hs[1:]] if firsts else [x, *hs])]
+            pooled = checkpoint(pools, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            kept, pooled = None, pools(x)
+        without = W.shape[1] - sum(map(len, Ps))  # blocks whose norm is behind no convolution
+        P = torch.cat([*Ps, self.eye.expand(without, -1, -1)])
+        return NormSum.apply(
+            *running(self.last_rows[w]), self._plain(w), mixed, W_normed,
+            remake if self.recompute else None, kept, W, P,
+            *side_by_side([*hs, *pooled, *[x] * skips]),
+        )  # fmt: skip
+
+    def _first_convolutions(self, x, S, T, stride, firsts, dils):
+        """The outputs of the operations' first convolutions: sep_convs, dil_convs, halves."""
+
+        def depthwise(x, *groups, dilations):
+            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
+            return Depthwise.apply(x, dilations, [turned for _, turned, _ in groups], *kernels)
+
+        if stride == 1:
+            groups = [group for group in (firsts, dils) if group]
+            dilations = [1 if group is firsts else 2 for group in groups]
+            return [*depthwise(x, *groups, dilations=dilations)] if groups else []
+        hs, relu = [], x.relu()
+        if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
+            kernel = (firsts[0].unsqueeze(3) * self.eye[:, :, None, None]).flatten(0, 2)
+            hs.append(F.conv2d(relu, kernel.to(x.dtype), None, 2, kernel.shape[3] // 2, groups=S))
+        if dils:  # with stride and dilation 2 it reads every other pixel alone
+            hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
+        for parts in zip(self.half_1, self.half_2, strict=True):
+            kernel = factorized_kernel(*parts).flatten(0, 1).to(x.dtype)
+            hs.append(halve(relu, kernel, groups=S))
+        return hs
+
+    def _pass_by(self, bypass, rest, betas, stride):
+        """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c))."""
+        if stride == 2:
+            rest = HalvedMax.apply(rest)
+        rest, betas = rest.permute(0, 2, 3, 1).flatten(), betas.to(rest.dtype)
+        return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
+
+    def _node(self, mixed, bypass):
+        """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""
+        if self.k == 1:
+            return mixed
+        n, c, h, w = mixed.shape
+        mixed, bypass = mixed.permute(0, 2, 3, 1), bypass.view(n, h, w, -1)
+        if self.sampling == "shuffle":
+            # Channel i of group g goes to place i * K + g: channel_shuffle in one write.
+            node = torch.stack([mixed, *bypass.split(c, 3)], -1).flatten(3)
+        elif self.sampling == "shift":  # the next operations take the first that passed here
+            node = torch.cat([bypass, mixed], 3)
+        else:  # every channel back in its place
+            node = torch.cat([mixed, bypass], 3).index_select(3, self.channel_places)
+        return node.permute(0, 3, 1, 2)
+
+    def _released(self):
+        """(name in a released state dict, tensor or view here) of all that is stored by source."""
+        if self.sampling == "random":
+            yield "channel_order", self.channel_order
+            yield "channel_places", self.channel_places
+        n, m = len(self.seps), len(self.dils)
+        place = 0
+        for w, (S, T) in enumerate(self.waves):
+            halves = len(self.halves) if self._stride(w) == 2 else 0
+            for local in range(S * T):
+                e, last = self.order[place], self.last_rows[w].start
+                depthwise = iter(self.depthwise)
+                for group, pointwise in zip(self.convs, self.pointwise, strict=True):
+                    for i, (o, at) in enumerate(group):
+                        yield f"_ops.{e}._ops.{o}.op.{at}.weight", next(depthwise)[place]
+                        yield f"_ops.{e}._ops.{o}.op.{at + 1}.weight", pointwise[place, i]
+                norms = []  # (op, place in the op, row of the running figures)
+                for i, o in enumerate(self.seps):
+                    norms.append((o, "op.3", self.middle_rows[w].start + local * n + i))
+                    norms.append((o, "op.7", last + local * n + i))
+                last += S * T * n
+                for i, o in enumerate(self.dils):
+                    norms.append((o, "op.3", last + local * m + i))
+                last += S * T * m
+                for i, o in enumerate(self.halves if halves else []):
+                    yield f"_ops.{e}._ops.{o}.conv_1.weight", self.half_1[i][place]
+                    yield f"_ops.{e}._ops.{o}.conv_2.weight", self.half_2[i][place]
+                    norms.append((o, "bn", last + local + i * S * T))
+                last += S * T * halves
+                for i, o in enumerate(self.pools):  # the same on all edges that leave a node
+                    norms.append((o, "1", last + i * S + local // T))
+                for o, at, row in norms:
+                    name = f"_ops.{e}._ops.{o}.{at}"
+                    yield f"{name}.running_mean", self.running[0, row]
+                    yield f"{name}.running_var", self.running[1, row]
+                    yield f"{name}.num_batches_tracked", self.num_batches_tracked
+                place += 1
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, tensor in self._released():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, tensor in self._released():
+            value = state.pop(prefix + name, None)  # or a child would call it unexpected
+            if value is None:
+                if not name.startswith("channel_"):  # which no released state dict has
+                    missing.append(prefix + name)
+            elif value.shape != tensor.shape:
+                shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
+                errors.append(f"size mismatch for {prefix + name}: {shapes}")
+            else:
+                with torch.no_grad():
+                    tensor.copy_(value)
+        known = tuple(f"{prefix}{name}." for name in ("preprocess0", "preprocess1", "_ops"))
+        if strict:
+            own = (name for name in state if name.startswith(prefix))
+            unexpected.extend(name for name in own if not name.startswith(known))

@@ -1,0 +1,1 @@
+"""What every run needs: folder, checkpoints, loops, data, processes, costs, reports, flags."""

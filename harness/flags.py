@@ -1,0 +1,230 @@
+"""The flags of the scripts: parsers, types and the groups that several share; the device."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from harness.files import read_args
+from utils import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with defaults in the help, no abbreviated flags, and errors of one line."""
+
+    def __init__(self, description):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        message = " ".join(message.split())
+        message = message if len(message) < 500 else message[:500] + "..."
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def number(kind, low, high, above=False):
+    """An argparse type: a `kind` (int or float) from low (not low itself if `above`) to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            bound = f"more than {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} must be {bound} and at most {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+count = number(int, 1, 10**6)
+natural = number(int, 0, 2**31 - 1)
+positive = number(float, 0, 1e6, above=True)
+non_negative = number(float, 0, 1e6)
+fraction = number(float, 0, 1)
+depth = number(int, 1, 1000)
+
+
+def colour(text):
+    """An argparse type: three numbers from 0 to 1, the text as it is."""
+    values = [fraction(value) for value in text.split(",")]
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(
+            f"{text[:50]!r} must be three numbers, such as 0.5,0.5,0.5"
+        )
+    return text
+
+
+def add_common_arguments(parser, batch_size):
+    """The flags that all scripts on CIFAR-size images share; sets are named by data.SETS."""
+    add = parser.add_argument
+    add("--data", default="../data", help="folder of the data set")
+    add("--set", default="cifar10", help="cifar10, cifar100, folder or digits (needs no files)")
+    add("--input_size", type=count, help="side of the images in pixels; None: the set's own")
+    add("--batch_size", type=count, default=batch_size, help="images in a step")
+    add("--mean", type=colour, metavar="R,G,B", help="of all pixels, 0..1; None: CIFAR's, computed")
+    add("--std", type=colour, metavar="R,G,B", help="as --mean")
+    add("--gpu", type=natural, default=0, help="which GPU, where there is one")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    add("--report_freq", type=count, default=50, help="steps between two lines of progress")
+    add("--seed", type=natural, help="of every random number", default=0)
+
+
+def add_imagenet_arguments(parser, init_channels, layers, epochs):
+    """The flags that search and training on ImageNet share."""
+    add = parser.add_argument
+    add("--tmp_data_dir", default="/tmp/cache/", help="folder that holds imagenet/{train,val}")
+    add("--input_size", type=count, default=224, help="side of the images in pixels")
+    add("--batch_size", type=count, default=1024, help="images in a step, of all GPUs together")
+    add("--epochs", type=count, default=epochs, help="epochs of the training images")
+    add("--init_channels", type=count, default=init_channels, help="channels C of the first cell")
+    add("--layers", type=depth, default=layers, help="cells")
+    add("--learning_rate", type=positive, default=0.5, help="of the weights, at first")
+    add("--momentum", type=fraction, default=0.9, help="of the weights' SGD")
+    add("--grad_clip", type=positive, default=5.0, help="norm of the gradient")
+    add("--sync_bn", action="store_true", help="batch statistics over all processes of torchrun")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--gpu", type=natural, help="one GPU; None: all of them, with torchrun one per process")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    add("--report_freq", type=count, default=100, help="steps between two lines of progress")
+    add("--save", default="EXP", help="name of the run, in the name of its folder")
+    add("--note", default="try", help="a word for the log")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser):
+    """The flags of all that searches or trains."""
+    add = parser.add_argument
+    add("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    add("--save_every", type=positive, default=10.0, help="minutes between checkpoints in an epoch")
+    add("--deterministic", action="store_true", help="the same bits on a GPU too; slower there")
+    add("--detect_anomaly", action="store_true", help="find where NaN comes from; much slower")
+    add("--report", type=count, nargs="?", const=5, metavar="N", help="report.html each N epochs")
+    add(
+        "--tensorboard", action="store_true", help="curves, alphas, betas and cells for TensorBoard"
+    )
+
+
+def add_variant_arguments(parser):
+    """The flags of the searches' variants."""
+    add = parser.add_argument
+    add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
+    add("--sampling", default="shuffle", choices=["shuffle", "shift", "random"],
+        help="of the channels that the operations of the next node take")  # fmt: skip
+    add(
+        "--primitives", metavar="OP,OP,...", help="operations to search; None: genotypes.PRIMITIVES"
+    )
+    add("--steps", type=number(int, 1, 100), default=4, help="nodes of a cell")
+    add("--max_skip", type=natural, help="skip_connects of the normal cell at most (P-DARTS)")
+    add("--eigenvalue", type=count, metavar="N",
+        help="each N epochs the largest of the loss's Hessian in alpha")  # fmt: skip
+
+
+# What a resumed run may be given anew: where and how it runs, not what it computes.
+FREE = ("device", "gpu", "workers", "report_freq", "save_every", "detect_anomaly", "resume")
+FREE += ("report", "tensorboard", "data", "tmp_data_dir")  # which may have moved
+
+
+def parse_args(parser):
+    """The flags; with --resume FOLDER those of the run in it, as they stand in its args.json.
+
+    Raises UserError where the folder holds no run of this script, and where a flag differs that
+    is not one of FREE.
+    """
+    args = parser.parse_args()
+    if args.resume is None:
+        return _agreeing(args)
+    unset = object()
+    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    about, script = read_args(args.resume), Path(sys.argv[0]).stem
+    if not about:
+        raise UserError(f"--resume {args.resume}: no args.json there; give the folder of a run")
+    if about.get("script") != script:
+        raise UserError(f"{args.resume} is a run of {about['script']}.py: resume it with that")
+    stored = about["args"]
+    if set(stored) != set(vars(args)):
+        name = min(set(stored) ^ set(vars(args)))
+        raise UserError(f"{args.resume} is of another version of this code, by its flag --{name}")
+    for name, value in vars(given).items():
+        if value is not unset and name not in FREE and value != stored[name]:
+            raise UserError(
+                f"--{name} {value} is not the run's, which is {stored[name]}: "
+                "leave it out to resume, or begin a new run"
+            )
+    for name, value in stored.items():  # as text, so that argparse checks them as a user's
+        flag = isinstance(getattr(args, name), bool)
+        empty = value is None and parser.get_default(name) is not None
+        if flag != isinstance(value, bool) or (empty and name not in FREE):
+            raise UserError(f"{args.resume}/args.json is damaged: {name} is {str(value)[:50]!r}")
+        parser.set_defaults(**{name: value if flag or value is None else str(value)})
+    free = {name: vars(given)[name] for name in FREE if name in stored}
+    free = {name: value for name, value in free.items() if value is not unset}
+    if "device" in free or "gpu" in free:  # one takes the place of the other
+        free = {"device": None, "gpu": None} | free
+    return _agreeing(argparse.Namespace(**vars(parser.parse_args([])) | free))
+
+
+def _agreeing(args):
+    """args, where no flag contradicts another."""
+    if getattr(args, "learning_rate_min", 0) > args.learning_rate:
+        low, high = args.learning_rate_min, args.learning_rate
+        raise UserError(f"--learning_rate_min {low} is above --learning_rate {high}: lower it")
+    if args.report or args.tensorboard:
+        need("--report" if args.report else "--tensorboard", ["matplotlib"])
+    if args.tensorboard:
+        need("--tensorboard", ["torch.utils.tensorboard"])
+    return args
+
+
+def need(what, packages, listed="requirements-viz.txt"):
+    """Raises UserError where one of the optional packages, that `what` needs, is missing."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            name = package.split(".")[-1]
+            hint = f"pip install {name}, or all of {listed}"
+            raise UserError(f"{what} needs {name}: {hint}") from None
+
+
+def advise(log, args, batch_size, learning_rate):
+    """A warning where --batch_size is not the published one and --learning_rate does not follow."""
+    scaled = learning_rate * args.batch_size / batch_size
+    if args.batch_size != batch_size and abs(args.learning_rate / scaled - 1) > 0.01:
+        log.info(
+            "--batch_size %d is not the published %d: in proportion --learning_rate is %g, not %g",
+            args.batch_size, batch_size, scaled, args.learning_rate,
+        )  # fmt: skip
+
+
+def choose_device(args):
+    """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there."""
+    if args.device is not None and args.gpu:
+        raise UserError(f"--device {args.device} and --gpu {args.gpu}: give one of them")
+    if args.device is None and not args.gpu and not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    name = f"cuda:{args.gpu or 0}" if args.device is None else args.device
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is unknown: use cpu, cuda, cuda:1 or mps") from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" and device.index:
+        raise UserError(f"there is no {name}: use --device {device.type}")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"there is no {name}, only {gpus} CUDA GPUs: use another, or --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no mps device here: use --device cpu")
+    return device
+
+
+def describe(device):
+    """One line that names the device."""
+    if device.type == "cuda":
+        return f"device {device}: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"no GPU in use: running on the CPU, {torch.get_num_threads()} threads"
+    return f"device {device}"

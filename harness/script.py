@@ -1,0 +1,69 @@
+"""What surrounds the main function of a script: how errors and interrupts end it."""
+
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from utils import UserError
+
+
+def run(main, get_args):
+    """main(get_args()) as a script: a UserError is one line and exit code 2, an interrupt 130."""
+    args = None
+    for name in ("stdout", "stderr"):  # closed by who started this
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        args = get_args()
+        main(args)
+    except UserError as error:
+        sys.exit(_fail(error, 2))
+    except OSError as error:  # a full disk, a folder that is read-only
+        sys.exit(_fail(f"{error}: make it writable or free some space", 2))
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        sys.exit(_fail(_out_of_memory(args), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            sys.exit(_fail(_out_of_memory(args), 2))
+        if "returned nan values" in str(error):  # of --detect_anomaly, which warned where
+            sys.exit(_fail(f"{error} The forward call is shown above: mend it there", 2))
+        if not dist.is_initialized() or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            raise
+        hint = "see what it says, then go on with --resume FOLDER"
+        sys.exit(_fail(f"another process of this job ended or cannot be reached; {hint}", 1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _out_of_memory(args):
+    used = {name: getattr(args, name, None) for name in ("batch_size", "k")}
+    used = ", ".join(f"{name} {value}" for name, value in used.items() if value is not None)
+    hints = {"recompute": "give --recompute", "amp": "give --amp", "k": "raise --k"}
+    hints = [text for name, text in hints.items() if hasattr(args, name)]
+    hints = ", or ".join(["lower --batch_size, --init_channels or --input_size", *hints])
+    return f"out of memory with {used}: {hints}"
+
+
+unsaved_runs = []  # folders of this process that hold no checkpoint yet
+
+
+def _fail(message, code):
+    """Prints the line; a run folder that holds nothing to go on from is taken away."""
+    for folder in unsaved_runs if code == 2 else ():
+        shutil.rmtree(folder, ignore_errors=True)
+    message = " ".join(str(message).split())
+    who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        time.sleep(3)  # where process 0 says the same, this one is ended before it does
+    print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # at once: the other processes may never answer again
+    return code
