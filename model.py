@@ -11,7 +11,6 @@ from torch import nn
 from torchvision.ops import stochastic_depth
 
 import genotypes
-from harness import costs
 from operations import OPS, FactorizedReduce, Identity, ReLUConvBN
 from utils import without_module_prefix
 
