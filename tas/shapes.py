@@ -36,7 +36,9 @@ def check_images(size):
     """ValueError unless both strided stages halve images of `size` (height, width)."""
     if any(side % 4 or side < 4 for side in size):
         height, width = size
-        raise ValueError(f"images of {height} x {width}: height and width must be multiples of 4")
+        fits = " x ".join(str(max(4, side + -side % 4)) for side in size)
+        reason = "height and width must be multiples of 4"
+        raise ValueError(f"images of {height} x {width}: {reason}; the next that fit are {fits}")
 
 
 def check(depth, channels, blocks=None):
