@@ -89,15 +89,20 @@ def probabilities(last):
     axes = figure.subplots(1, len(tables), squeeze=False)[0]
     high = max(max(map(max, table)) for table in tables.values())
     for axis, (what, table) in zip(axes, tables.items(), strict=True):
-        drawn = axis.imshow(table, aspect="auto", interpolation="nearest", vmin=0, vmax=high)
+        drawn = axis.imshow(
+            table, aspect="auto", interpolation="nearest", vmin=0, vmax=high,
+            extent=(-0.5, len(table[0]) - 0.5, len(table) + 0.5, 0.5),
+        )  # fmt: skip
         best = [max(range(len(row)), key=row.__getitem__) for row in table]
-        axis.plot(best, range(len(best)), "o", color="white", markersize=2, fillstyle="none",
+        axis.plot(best, range(1, len(best) + 1), "o", color="white", markersize=2, fillstyle="none",
                   markeredgewidth=0.5)  # fmt: skip
         labels = [f"{share:.1f}" for share in shapes.SHARES]
         if what == "depths":
             n = shapes.blocks_per_stage(len(last["channels"]))
             labels = [str(count) for count in shapes.depth_choices(n)]
-            axis.set_yticks(range(3), ["stage 1", "stage 2", "stage 3"])
+            axis.set_yticks((1, 2, 3), ["stage 1", "stage 2", "stage 3"])
+        else:
+            axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_xticks(range(len(labels)), labels)
         axis.set_xlabel("share of the full width" if what == "widths" else "blocks")
         axis.set_ylabel("convolution" if what == "widths" else "")
