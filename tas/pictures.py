@@ -55,8 +55,13 @@ def read_widths(folder):
     path = Path(folder) / "widths.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError):
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        for row in rows:
+            shapes.check(len(row["channels"]), row["channels"], row["blocks"])
+            if len(row["softmax_widths"]) != len(row["channels"]) - 1:
+                raise ValueError
+        return rows
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: mend it, or leave {folder} out") from None
 
 

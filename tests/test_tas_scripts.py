@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,6 +423,11 @@ def test_wrong_input_is_one_line(command, words, place, monkeypatch, capsys):
 
 
 def test_the_smallest_ratio_that_is_named_can_be_searched(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    module = importlib.import_module("train_search_tas")
+    monkeypatch.setattr(sys, "argv", f"{S} {ON_DIGITS} --depth 8 --flop_ratio 0.05".split())
+    with pytest.raises(SystemExit):
+        script.run(module.main, module.get_args)
+    named = float(capsys.readouterr().err.split("give ")[1].split()[0])
     least = tas.smallest_ratio(8, 10, size=(8, 8))
-    args = SimpleNamespace(flop_ratio=round(least + 5e-5, 4))
-    assert args.flop_ratio >= least > args.flop_ratio - 2e-4
+    assert least <= named < least + 2e-4
