@@ -431,3 +431,28 @@ def test_the_smallest_ratio_that_is_named_can_be_searched(place, monkeypatch, ca
     named = float(capsys.readouterr().err.split("give ")[1].split()[0])
     least = tas.smallest_ratio(8, 10, size=(8, 8))
     assert least <= named < least + 2e-4
+
+
+def test_visualize_writes_the_pictures_of_a_run(made):
+    output, out = run(f"visualize.py {made['search']} --out {made['cwd']}/drawn", made["cwd"])
+    assert str(out / "report.html") in output
+    assert "Widths over the epochs" in (out / "report.html").read_text()
+    assert (out / "widths-over-the-epochs.png").exists()
+
+
+def test_a_trained_network_can_be_exported(made):
+    pytest.importorskip("onnxruntime")
+    output, out = run(f"export.py {made['student']} --out {made['cwd']}/exported", made["cwd"])
+    assert "logits agree" in output
+    network = torch.export.load(out / "network.pt2").module()
+    trained = found.load_trained(made["student"]).eval()
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(network(x), trained(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ['{"channels": 1}\n', "[]\n", "{\n"])
+def test_damaged_records_are_one_line(text, made, tmp_path):
+    folder = shutil.copytree(made["search"], tmp_path / "damaged")
+    (folder / "widths.jsonl").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        pictures.pictures(folder)
