@@ -20,6 +20,7 @@ import utils
 from harness import costs, files, flags, script
 from model import build
 from operations import OPS
+from tas import found
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
 
@@ -76,6 +77,8 @@ def main(args):
 def load(folder):
     """(the network of a run in evaluation, with one output, on the CPU; side of its images)."""
     about = files.read_args(folder)
+    if about.get("script") == "train_tas":
+        return found.load_trained(folder).eval(), found.load(str(folder)).size
     if about.get("script") not in ("train", "train_imagenet"):
         raise utils.UserError(f"{folder} is no run of train.py or train_imagenet.py: give one")
     args, classes = about["args"], about.get("classes", [])

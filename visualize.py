@@ -13,6 +13,7 @@ from pathlib import Path
 import genotypes
 import utils
 from harness import drawing, flags, report, script
+from tas import pictures as tas_pictures
 
 
 def get_args():
@@ -57,7 +58,9 @@ def main(args):
         for title, (_, figure) in report.pictures(runs[0]).items():
             name = re.sub(r"\W+", "-", title)
             print(drawing.save(figure, (out or folders[0]) / f"{name}.{args.format}"))
-    if len(runs) == 1:
+    if len(runs) == 1 and runs[0].about["script"].endswith("_tas"):
+        print(tas_pictures.write_report(folders[0], out and out / "report.html"))
+    elif len(runs) == 1:
         print(report.write(runs[0], (out or folders[0]) / "report.html"))
     else:
         print(report.table(runs))

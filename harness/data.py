@@ -25,6 +25,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import center_crop, resize
 
 import utils
+from harness import distributed
 from utils import UserError
 
 SETS = ("cifar10", "cifar100", "digits", "folder")
@@ -289,7 +290,8 @@ class Batches:
     """A loader that lives on the device: shuffles, crops, flips, normalizes and cuts out there.
 
     An iteration is a new epoch, but the first after load_state_dict goes on where the state was
-    taken. All random numbers come from `generator`, on the CPU: the same on every device.
+    taken. All random numbers come from `generator`, on the CPU: the same on every device. Among
+    several processes each takes its share of every batch.
     `what` names the images in messages. Raises UserError where batch_size does not fit.
     """
 
@@ -366,6 +368,9 @@ class Batches:
             for high in (2 * pad + 1, 2 * pad + 1, 2, height, width):
                 draws.append(torch.randint(high, (size,), generator=self.generator))
         draws = torch.stack(draws)
+        if size >= distributed.world_size():  # else every process takes all of so few
+            draws = draws[:, distributed.rank() :: distributed.world_size()]
+            size = draws.shape[1]
         if self.device.type == "cuda":
             draws = draws.pin_memory()  # one copy that the host does not wait for
         index, *draws = draws.to(self.device, non_blocking=True).unbind()

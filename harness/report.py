@@ -91,8 +91,8 @@ def read(folder):
     return Record(folder, about, rows, cells, genotype)
 
 
-def write(run, path):
-    """Writes report.html; returns its path."""
+def write(run, path, more=None):
+    """Writes report.html; returns its path. more: further pictures, as those of `pictures`."""
     args, name = run.about["args"], run.folder.resolve().name
     done = f"{len(run.rows)} of {run.epochs} epochs"
     parts = [f"<h1>{html.escape(name)}</h1><p>{headline(run)}</p>"]
@@ -112,7 +112,7 @@ def write(run, path):
     parts.append(f"<details><summary>all arguments</summary>{rows_of(args)}</details>")
     if not run.rows:
         parts.append("<p>No epoch is done yet.</p>")
-    for title, (explanation, figure) in pictures(run).items():
+    for title, (explanation, figure) in (pictures(run) | (more or {})).items():
         parts.append(f"<h2>{title.capitalize()}</h2><p>{explanation}</p>{image(figure, title)}")
     for picture in sorted(run.folder.glob("*.png")):  # that the script left there
         content = base64.b64encode(picture.read_bytes()).decode()

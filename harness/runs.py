@@ -25,23 +25,27 @@ from operations import OPS
 from utils import UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
-RECORDS = ("metrics.csv", "genotypes.jsonl")  # a checkpoint holds them as they were
+RECORDS = ("metrics.csv", "genotypes.jsonl", "widths.jsonl")  # a checkpoint holds them as they were
 
 
 class Run:
     """The folder of a new run, or of the one to --resume, which this process alone writes.
 
     parts: what a checkpoint holds, {name: object with state_dict and load_state_dict}. values:
-    plain values that it holds besides. genotype: of a training. epoch: how many are done. about:
-    what args.json tells of the data; classes must stay the same. Raises UserError where the folder
+    plain values that it holds besides. genotype: of a training. epoch: how many are done.
+    write_report: a function of the folder that takes the place of report.write. about: what
+    args.json tells of the data; classes must stay the same. Raises UserError where the folder
     cannot be made, is in use, or does not fit.
     """
 
-    def __init__(self, kind, args, device, parts, values=None, genotype=None, **about):
+    def __init__(
+        self, kind, args, device, parts, values=None, genotype=None, write_report=None, **about
+    ):
         self.args = {name: value for name, value in vars(args).items() if name not in flags.FREE}
         self.genotype = None if genotype is None else genotypes.text(genotype)
         self.device, self.parts, self.values = device, parts, dict(values or {})
         self.epoch, self.figures, self.unfinished = 0, None, None
+        self.write_report = write_report
         self.epochs, self.epoch_began, self.report_every = args.epochs, time.time(), args.report
         self.time_left_said = 0.0  # when the log last told how long it will take
         self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
@@ -187,13 +191,18 @@ class Run:
         )  # fmt: skip
         distributed.leave(128 + number)
 
-    def record(self, row, cell=None):
-        """Writes what an epoch gave: a row of metrics.csv, of a search one of genotypes.jsonl."""
+    def record(self, row, cell=None, widths=None):
+        """Writes what an epoch gave: a row of metrics.csv, of a search one of genotypes.jsonl.
+
+        widths: one of widths.jsonl.
+        """
         if not distributed.is_main():
             return
         files.append_csv(self.folder / "metrics.csv", row)
         if cell is not None:
             files.append_jsonl(self.folder / "genotypes.jsonl", cell)
+        if widths is not None:
+            files.append_jsonl(self.folder / "widths.jsonl", widths)
         if self.tensorboard is not None:
             board = self.tensorboard
             for name, value in row.items():
@@ -221,7 +230,10 @@ class Run:
         self.epoch_began = now
         due = self.report_every and (self.epoch % self.report_every == 0 or not left)
         if due and distributed.is_main():
-            report.write(report.read(self.folder), self.folder / "report.html")
+            if self.write_report is not None:
+                self.write_report(self.folder)
+            else:
+                report.write(report.read(self.folder), self.folder / "report.html")
         if wish := distributed.agree(self.signal):
             self._stop(wish)
 

@@ -1,0 +1,146 @@
+"""What a search found, as a file, a line to paste, and a network; the weights of a teacher."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from harness import files
+from tas import shapes
+from tas.pruned import PrunedNetwork, multiply_adds
+from utils import UserError, user_errors
+
+NAME = "tas.json"
+MOST_BYTES = 1_000_000
+
+
+class Found(NamedTuple):
+    """A network of the search space; multiply-adds and target in millions, on size x size pixels.
+
+    channels: `depth` integers, 3 first; blocks: of each stage, None for all; target: None where
+    nothing was searched.
+    """
+
+    depth: int
+    channels: list
+    blocks: list | None
+    multiply_adds: float
+    target: float | None
+    num_classes: int
+    size: int
+
+    def network(self):
+        """A PrunedNetwork."""
+        return PrunedNetwork(self.depth, self.channels, self.num_classes, self.blocks)
+
+    def text(self):
+        """JSON in one line, which `load` takes."""
+        return json.dumps(self._asdict())
+
+    def save(self, path):
+        files.write(path, (self.text() + "\n").encode())
+
+
+def describe(depth, channels, blocks, num_classes, size, target=None):
+    """A Found with its multiply-adds."""
+    count = multiply_adds(depth, channels, num_classes, blocks, (size, size))
+    return Found(depth, channels, blocks, round(count, 6), target, num_classes, size)
+
+
+def load(what, depth=None, num_classes=10, size=32):
+    """The Found of `what`: a tas.json, a run folder with one, its text, or "unpruned".
+
+    depth: of "unpruned", whose num_classes and size these are; else it must be the file's, or None.
+    Raises UserError.
+    """
+    if what == "unpruned":
+        if depth is None:
+            raise UserError("--arch unpruned needs --depth: give 20, 32, 44, 56 or 110")
+        with user_errors(ValueError):
+            return describe(depth, shapes.full_channels(depth), None, num_classes, size)
+    found, name = _parse(*_text(what))
+    if depth is not None and depth != found.depth:
+        raise UserError(f"{name} is of depth {found.depth}, not {depth}: leave --depth out")
+    return found
+
+
+def _text(what):
+    """(the JSON, what to call it)"""
+    if what.lstrip().startswith("{"):
+        return what, "--arch"
+    path = Path(what).expanduser()
+    try:
+        if path.is_dir():
+            path = path / NAME
+            if not path.exists():
+                raise UserError(f"{path.parent} has no {NAME}: is the search finished?")
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path} is larger than 1 MB: give the {NAME} of a search")
+        return path.read_text(), str(path)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or "it is not text"
+        hint = f"give a {NAME}, the folder of a search, or unpruned"
+        raise UserError(f"cannot read {what[:200]!r} ({reason}): {hint}") from None
+
+
+def _parse(text, name):
+    hint = f"give the {NAME} of a search"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{name} is cut or no JSON: {hint}") from None
+    if not isinstance(values, dict) or set(values) != set(Found._fields):
+        wanted = ", ".join(Found._fields)
+        raise UserError(f"{name} does not hold just {wanted}: {hint}")
+    found = Found(**values)
+    for field in ("depth", "num_classes", "size"):
+        if not _integers([getattr(found, field)]) or not 1 <= getattr(found, field) <= 10**6:
+            raise UserError(f"{name}: {field} is no such number: {hint}")
+    if not _integers(found.channels) or not (found.blocks is None or _integers(found.blocks)):
+        raise UserError(f"{name}: channels and blocks are lists of integers: {hint}")
+    numbers = [found.multiply_adds, 0 if found.target is None else found.target]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise UserError(f"{name}: multiply_adds and target are numbers: {hint}")
+    try:
+        shapes.check(found.depth, found.channels, found.blocks)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    return found, name
+
+
+def _integers(values):
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def load_trained(folder, classes=None):
+    """The PrunedNetwork that a run of train_tas.py trained.
+
+    classes: names that it must have learned. Raises UserError.
+    """
+    folder = Path(folder).expanduser()
+    about = files.read_args(folder)
+    if about.get("script") != "train_tas":
+        raise UserError(f"{folder} is no run of train_tas.py: give the folder of one")
+    theirs = about.get("classes")
+    theirs = theirs if isinstance(theirs, list) else []
+    if classes is not None and theirs != classes:
+        other = "other" if len(theirs) == len(classes) else f"{len(theirs)}, not {len(classes)},"
+        raise UserError(f"{folder} learned {other} classes: give a network trained on this data")
+    path = folder / "weights.pt"
+    if not path.exists():
+        raise UserError(f"{folder} has no weights.pt: is its training finished?")
+    network = load(str(folder)).network()
+    files.load_weights(network, files.load(path), path)
+    return network
+
+
+def keep(run, folder):
+    """Copies into `folder` what load_trained reads of a run: all of it, or nothing is there."""
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name in ("args.json", NAME, "weights.pt"):
+        shutil.copy(Path(run).expanduser() / name, beside)
+    beside.replace(folder)

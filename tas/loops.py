@@ -1,0 +1,138 @@
+"""The loops, each once: an epoch of the search, an epoch of a training; networks side by side."""
+
+import math
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from harness import distributed
+from harness.loops import Figures
+from tas import losses
+from tas.pruned import multiply_adds
+
+
+def search_epoch(loader, arch_batches, model, optimizer, arch_optimizer, tau, unpruned, args, run):
+    """One epoch of a search: in each step the weights, then the attentions on the other half.
+
+    loader: of the weights' half; arch_batches: endless, of the attentions'. unpruned: multiply-adds
+    in millions. args: amp, grad_clip, flop_ratio, flop_weight, tolerance, report_freq. run: a
+    runs.Run. Returns the training figures as a dict.
+    """
+    model.train()
+    figures = Figures("search", loader, args.report_freq, run.log, run)
+    autocast = torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp)
+    for x, y in figures.steps():
+        with autocast:
+            logits, _ = model.search(x, tau)
+            loss = F.cross_entropy(logits, y)
+        norm = step(optimizer, loss, len(y), args.grad_clip)
+
+        x_arch, y_arch = next(arch_batches)
+        with autocast:
+            arch_logits, expected = model.search(x_arch, tau)
+            cost = losses.cost(
+                expected, argmax_multiply_adds(model, x_arch.shape[2:]),
+                args.flop_ratio * unpruned, unpruned, args.tolerance,
+            )  # fmt: skip
+            arch_loss = F.cross_entropy(arch_logits, y_arch) + args.flop_weight * cost
+        arch_norm = step(arch_optimizer, arch_loss, len(y_arch))
+
+        figures.update(loss, logits, y, norm + arch_norm)  # not finite if either is not
+        run.step(figures)
+    return figures.result(loader.device)
+
+
+def argmax_multiply_adds(model, size):
+    """In millions: of the network that the largest attentions give now."""
+    channels, blocks = model.derive()
+    return multiply_adds(model.depth, channels, model.classifier.out_features, blocks, size)
+
+
+def train_epoch(loader, model, teacher, optimizer, args, run):
+    """One epoch of a network's training, by distillation if there is a teacher.
+
+    args: amp, grad_clip, temperature, distillation, report_freq. run: a runs.Run. Returns the
+    training figures as a dict.
+    """
+    model.train()
+    figures = Figures("train", loader, args.report_freq, run.log, run)
+    for x, y in figures.steps():
+        with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
+            logits = model(x)
+            if teacher is None:
+                loss = F.cross_entropy(logits, y)
+            else:
+                with torch.no_grad():
+                    taught = teacher(x)
+                how = args.temperature, args.distillation
+                loss = losses.distillation(logits, taught, y, *how)
+        norm = step(optimizer, loss, len(y), args.grad_clip)
+        figures.update(loss, logits, y, norm)
+        run.step(figures)
+    return figures.result(loader.device)
+
+
+def step(optimizer, loss, images, grad_clip=None):
+    """A step on the mean loss over the images of all processes; returns the gradient's norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    weight = distributed.share(images, loss.device) / distributed.world_size()
+    torch.autograd.backward(loss * weight, inputs=parameters)
+    summed = distributed.summed([parameter.grad for parameter in parameters])
+    for parameter, gradient in zip(parameters, summed, strict=True):
+        parameter.grad = gradient
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    optimizer.step()
+    return norm
+
+
+def same_draws(device):
+    """All processes go on with the random numbers of the main one."""
+    for get, put in _generators(device):
+        put(distributed.on_main(get))
+
+
+def check_same(model, device):
+    """UserError where two processes have other attentions or would draw other numbers."""
+    states = [get() for get, _ in _generators(device)]
+    distributed.check_equal(model.arch_parameters(), "the attentions")
+    distributed.check_equal(states, "the random numbers")
+
+
+def _generators(device):
+    """(get, set) of the states of the generators that a search on `device` draws from."""
+    pairs = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type == "cuda":
+        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        pairs.append((lambda: get(device), lambda state: put(state, device)))
+    return pairs
+
+
+@torch.no_grad()
+def latencies(networks, images, repeats=10):
+    """Median milliseconds of each network's evaluation of `images` (N, 3, H, W).
+
+    They take turns, so that a busy machine slows all of them; the first round is not counted.
+    """
+    times = [[] for _ in networks]
+    modes = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    for _ in range(repeats + 1):
+        for network, mine in zip(networks, times, strict=True):
+            _wait(images.device)
+            begun = time.perf_counter()
+            network(images)
+            _wait(images.device)
+            mine.append(1e3 * (time.perf_counter() - begun))
+    for network, mode in zip(networks, modes, strict=True):
+        network.train(mode)
+    return [statistics.median(mine[1:]) for mine in times]
+
+
+def _wait(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()

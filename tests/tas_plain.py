@@ -1,0 +1,91 @@
+"""TAS's search pass as it is written in the paper: slow, and only to compare with.
+
+Each convolution runs at full width on an input filled up with zeros, two norms read its first
+channels, both results are averaged over channels to the wider width and added. It reads the
+modules and parameters of a tas.SearchNetwork.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def search(network, x, tau, sample):
+    """What SearchNetwork.search returns, for a given draw (index, gumbel, gumbel_depth)."""
+    logits = (network.width_attentions.log_softmax(1) + sample["gumbel"]) / tau
+    weights = F.softmax(logits.gather(1, sample["index"]), dim=1)
+    draws = list(zip(sample["index"].tolist(), weights, strict=True))
+    stages = [1, 1 + network.n, 1 + 2 * network.n, 1 + 3 * network.n]
+    if network.depth_attentions is not None:
+        scores = (network.depth_attentions.log_softmax(1) + sample["gumbel_depth"]) / tau
+        depth_weights = F.softmax(scores, dim=1)
+
+    x = F.relu(conv_norms(network.layers[0], x, *draws[0]))
+    for stage in range(3):
+        maps = []
+        for number in range(stages[stage], stages[stage + 1]):
+            block = network.layers[number]
+            draw_a, draw_b = draws[2 * number - 1], draws[2 * number]
+            out = conv_norms(block.conv_b, F.relu(conv_norms(block.conv_a, x, *draw_a)), *draw_b)
+            if block.downsample is not None:
+                x = conv_norms(block.downsample, F.avg_pool2d(x, 2), *draw_b)
+            x = F.relu(sum_of(x, out))
+            maps.append(x)
+        if network.depth_attentions is not None:
+            chosen = [maps[count - 1] for count in depth_choices(network.n)]
+            C = max(map.shape[1] for map in chosen)
+            parts = zip(depth_weights[stage], chosen, strict=True)
+            x = sum(weight * cwi(map, C) for weight, map in parts)
+    return linear(network.classifier, x.mean((2, 3))), expected(network, x.shape[2] * 4)
+
+
+def conv_norms(layer, x, index, weights):
+    N, C, H, W = x.shape
+    zeros = x.new_zeros(N, layer.conv.in_channels - C, H, W)
+    y = layer.conv(torch.cat([x, zeros], dim=1))
+    norms = [layer.BNs[i] for i in index]
+    outs = [norm(y[:, : norm.num_features]) for norm in norms]
+    wide = max(norm.num_features for norm in norms)
+    return sum(weight * cwi(out, wide) for weight, out in zip(weights, outs, strict=True))
+
+
+def cwi(x, C):
+    """Adaptive average over channels; the fact that the matrices are held to."""
+    return F.adaptive_avg_pool3d(x, (C, *x.shape[2:]))
+
+
+def sum_of(x, y):
+    narrow, wide = sorted([x, y], key=lambda map: map.shape[1])
+    C = narrow.shape[1]
+    return torch.cat([wide[:, :C] + narrow, wide[:, C:]], dim=1)
+
+
+def linear(classifier, features):
+    return F.linear(features, classifier.weight[:, : features.shape[1]], classifier.bias)
+
+
+def depth_choices(n):
+    return {1: [1], 2: [1, 2], 3: [1, 2, 3]}.get(n) or sorted({*range(1, n + 1, 2), n})
+
+
+def expected(network, size):
+    """Expected multiply-adds in millions, convolution by convolution."""
+    probabilities = F.softmax(network.width_attentions, dim=1)
+    C_full = [16] * (1 + 2 * network.n) + [32] * 2 * network.n + [64] * 2 * network.n
+    C = [
+        sum(p * int(full * tenth / 10) for p, tenth in zip(row, range(3, 11), strict=True))
+        for row, full in zip(probabilities, C_full, strict=True)
+    ]
+    total = 27 * C[0] * size**2 + C[-1] * network.classifier.out_features
+    for number in range(3 * network.n):
+        stage, block = divmod(number, network.n)
+        pixels = (size // 2**stage) ** 2
+        C_in, C_a, C_b = C[2 * number : 2 * number + 3]
+        count = (9 * C_in * C_a + 9 * C_a * C_b) * pixels
+        if stage > 0 and block == 0:
+            count = count + C_in * C_b * pixels
+        if network.depth_attentions is not None:
+            row = F.softmax(network.depth_attentions[stage], dim=0)
+            choices = depth_choices(network.n)
+            count = count * sum(p for p, c in zip(row, choices, strict=True) if c > block)
+        total = total + count
+    return total / 1e6

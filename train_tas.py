@@ -1,0 +1,165 @@
+"""Train a CIFAR ResNet with the widths that a search found, and test it (TAS, section 3.2).
+
+    python train_tas.py --arch unpruned --depth 32                # the teacher
+    python train_tas.py --arch search-EXP-... --teacher eval-...  # the network of a search
+    torchrun --nproc_per_node 2 train_tas.py ...                  # one process per GPU
+
+With --teacher the network learns from the teacher's logits too (Hinton et al. 2015). The figure
+that counts is the test accuracy after the last epoch; beside it stand parameters, multiply-adds
+and the time on this device, against the unpruned network. What to expect stands in docs/tas.md.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import utils
+from harness import data, distributed, files, flags, loops, script
+from harness.runs import Run
+from tas import found, shapes
+from tas import loops as tas_loops
+from tas.pictures import write_report
+
+
+def get_args():
+    parser = flags.Parser(__doc__.split("\n")[0])
+    flags.add_common_arguments(parser, batch_size=256)
+    add = parser.add_argument
+    add("--arch", default="unpruned", help="tas.json, folder with one, its text, or unpruned")
+    add("--depth", type=flags.depth, help="layers of --arch unpruned: 20, 32, 56, 110 or so")
+    add("--teacher", metavar="RUN", help="folder of a training to distil from; None: no teacher")
+    add("--temperature", type=flags.positive, default=4.0, help="T of the distillation")
+    add("--distillation", type=flags.fraction, default=0.9, help="its share of the loss")
+    add("--epochs", type=flags.count, default=300, help="epochs of the training images")
+    add("--learning_rate", type=flags.positive, default=0.1, help="at first (cosine to 0)")
+    add("--momentum", type=flags.fraction, default=0.9, help="of SGD (Nesterov)")
+    add("--weight_decay", type=flags.non_negative, default=5e-4, help="of SGD")
+    add("--grad_clip", type=flags.positive, help="norm of the gradient; None: any")
+    add("--cutout", action="store_true", help="cut a square out of every training image")
+    add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--save", default="EXP", help="name of the run: its folder is eval-NAME-DATE-TIME")
+    flags.add_run_arguments(parser)
+    return flags.parse_args(parser)
+
+
+def main(args):
+    device = distributed.start(args)
+    utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
+    if args.arch != "unpruned" and args.resume is None:
+        found.load(args.arch, args.depth)  # what is wrong with it is said before data is read
+
+    dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
+    size, classes = dataset.train.images.shape[1], len(dataset.classes)
+    train = data.Batches(
+        dataset.train, dataset, args.batch_size, device, augment=True, shuffle=True,
+        cutout_length=args.cutout_length * args.cutout, seed=args.seed, what="training images",
+    )  # fmt: skip
+    test = data.Batches(
+        dataset.test, dataset, min(args.batch_size, len(dataset.test.labels)), device
+    )
+    with utils.user_errors(ValueError):
+        shapes.check_images((size, size))
+    # on a resume the run's own, whatever --arch and --teacher have come to mean
+    network = found.load(own(args, found.NAME) or args.arch, args.depth, classes, size)
+    network = found.describe(*network[:3], classes, size, network.target)
+    teacher = None
+    if args.teacher:
+        teacher = found.load_trained(own(args, "teacher") or args.teacher, dataset.classes)
+        teacher.to(device).eval()
+
+    model = network.network().to(device)
+    distributed.broadcast([*model.parameters(), *model.buffers()])
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0,
+    )  # fmt: skip
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
+    about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    values = {"best": [0.0, 0], "tested": {}}
+    run = Run("eval", args, device, parts, values, write_report=write_report, **about)
+    if run.finished(args):
+        return
+    if distributed.is_main() and not run.resumed:
+        network.save(run.folder / found.NAME)
+        if teacher is not None:
+            found.keep(args.teacher, run.folder / "teacher")
+    introduce(run.log, args, dataset, network, teacher)
+
+    for epoch in range(run.epoch, args.epochs):
+        lr = scheduler.get_last_lr()[0]
+        figures = tas_loops.train_epoch(train, model, teacher, optimizer, args, run)
+        distributed.broadcast(model.buffers())
+        tested = loops.evaluate(test, model, criterion, args, run.log, run)
+        scheduler.step()
+        best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
+        run.log.info(
+            "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, test loss %.4f, "
+            "top-1 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
+            epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
+            tested["top1"], figures["images_per_second"], figures["seconds"], figures["memory_mib"],
+        )  # fmt: skip
+        tested = {f"test_{name}": tested[name] for name in ("loss", "top1", "top5")}
+        run.record({"epoch": epoch + 1, "learning_rate": lr, **figures, **tested})
+        run.epoch_done(best=best, tested=tested)
+
+    if distributed.is_main():
+        files.save(model.state_dict(), run.folder / "weights.pt")
+        conclude(run, network, model, size, device)
+
+
+def own(args, name):
+    """A file of the run that is resumed, as text; None of a new run, or where it is not there."""
+    path = Path(args.resume or "", name)
+    return str(path) if args.resume and path.exists() else None
+
+
+def introduce(log, args, dataset, network, teacher):
+    """The first lines of a training's log."""
+    size = network.size
+    log.info(
+        "%s: %d classes, %d training and %d test images of %d x %d",
+        args.set, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels),
+        size, size,
+    )  # fmt: skip
+    log.info("network = %s", network.text())
+    if teacher is not None:
+        how = args.teacher, args.temperature, args.distillation
+        log.info("teacher: %s, temperature %g, share of the loss %g", *how)
+    log.info("images of a class: %d to %d in training", *data.counts(dataset.train))
+    flags.advise(log, args, 256, 0.1)
+
+
+def conclude(run, network, model, size, device):
+    """The last lines: what the network costs and how well it does, beside the unpruned one."""
+    best, tested, log = run.values["best"], run.values["tested"], run.log
+    whole = found.load("unpruned", network.depth, network.num_classes, size)
+    unpruned = whole.network().to(device)
+    counts = [utils.count_parameters_in_MB(each) for each in (model, unpruned)]
+    adds = network.multiply_adds, whole.multiply_adds
+    log.info(
+        "parameters: %.6f M of %.6f M unpruned (%.1f %%); "
+        "multiply-adds: %.3f M of %.3f M (%.1f %%)",
+        *counts, 100 * counts[0] / counts[1], *adds, 100 * adds[0] / adds[1],
+    )  # fmt: skip
+    row = {"parameters_m": counts, "multiply_adds_m": adds, "latency_ms": {}, **tested}
+    for n in (1, 64):
+        times = tas_loops.latencies([model, unpruned], torch.zeros(n, 3, size, size, device=device))
+        row["latency_ms"][n] = times
+        log.info(
+            "latency of %d image%s: %.2f ms, unpruned %.2f ms, %.2f times as fast (%s)",
+            n, "s" * (n > 1), *times, times[1] / times[0], flags.describe(device),
+        )  # fmt: skip
+    files.write(run.folder / "result.json", (json.dumps(row, indent=2) + "\n").encode())
+    log.info("best epoch: %d with %.2f %% (chosen on the test images: not a result)", *best[::-1])
+    top1 = tested["test_top1"]
+    text = "test accuracy after the last epoch: %.2f %% (error %.2f %%)"
+    log.info(text, top1, 100 - top1)
+
+
+if __name__ == "__main__":
+    script.run(main, get_args)
