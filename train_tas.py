@@ -148,7 +148,9 @@ def conclude(run, network, model, size, device):
     )  # fmt: skip
     row = {"parameters_m": counts, "multiply_adds_m": adds, "latency_ms": {}, **tested}
     for n in (1, 64):
-        times = tas_loops.latencies([model, unpruned], torch.zeros(n, 3, size, size, device=device))
+        images = torch.zeros(n, 3, size, size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
+        times = tas_loops.latencies([model, unpruned], images)
         row["latency_ms"][n] = times
         log.info(
             "latency of %d image%s: %.2f ms, unpruned %.2f ms, %.2f times as fast (%s)",
