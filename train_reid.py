@@ -31,6 +31,7 @@ DIGITS |= dict(instances=8, epochs=100, eval_freq=50, learning_rate=0.01, warm_u
 DIGITS |= dict(milestones="60,85")
 # Flags of the run that made the weights, which --test goes by.
 INHERITED = ("data", "set", "height", "width", "layers", "init_channels", "embedding")
+INHERITED += ("identities", "instances")  # the size of a batch: the same figures to the bit
 
 
 def get_args():
