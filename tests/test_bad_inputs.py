@@ -378,6 +378,11 @@ WEIGHTS = [
     (f"{TEST} empty", "empty"),
     ("test.py --model_path search", "train.py --arch"),
     ("test.py --model_path lonely/weights.pt", "give --arch NAME"),
+    # More of these four in test_tas_scripts.py and test_reid_scripts.py.
+    ("train_search_tas.py --set digits --depth 21", "6n + 2"),
+    ("train_tas.py --set digits --arch nowhere", "cannot read 'nowhere'"),
+    ("train_search_reid.py --data nowhere", "nowhere is no folder"),
+    ("train_reid.py --data nowhere --arch REID_SEARCH", "nowhere is no folder"),
     ("test.py --model_path newer_args", "newer version"),
     ("test.py --model_path other_classes", "other classes"),
     ("test.py --model_path mean_of_one", "mean or std"),
