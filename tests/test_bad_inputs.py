@@ -317,7 +317,6 @@ GENOTYPES = [
     ([genotype(("sep_conv_3x3", 0))], "1 edges"),
     ([genotype(("sep_conv_3x3", 0), ("skip_connect", 1), concat="[3]")], "normal_concat", "3"),
     ([genotype(("sep_conv_3x3", 0), ("skip_connect", 1), concat="[]")], "normal_concat"),
-    ([genotype(("none", 0), ("skip_connect", 1))], "'none'"),
     (["Genotype(__import__('os').system('touch hacked'))"], "cannot read"),
     (["Genotype("], "cannot read"),
     ([""], "unknown architecture"),

@@ -222,7 +222,8 @@ def assert_one_line(output, words, cwd):
         (lambda d: [p.unlink() for p in sorted(d.glob("bounding_box_train/0003*"))[1:]],
          "identity 3 has one image"),
         (lambda d: [p.unlink() for p in d.glob("bounding_box_train/000[3456]*")], "than the 2"),
-        (lambda d: [p.write_text("x") for p in d.glob("bounding_box_train/0002*")], "no intact image"),
+        (lambda d: [p.write_text("x") for p in d.glob("bounding_box_train/0002*")],
+         "no intact image"),
     ],
     ids=["empty", "missing", "name", "camera", "single", "few", "damaged"],
 )  # fmt: skip
