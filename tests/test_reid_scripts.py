@@ -222,14 +222,15 @@ def assert_one_line(output, words, cwd):
         (lambda d: [p.unlink() for p in sorted(d.glob("bounding_box_train/0003*"))[1:]],
          "identity 3 has one image"),
         (lambda d: [p.unlink() for p in d.glob("bounding_box_train/000[3456]*")], "than the 2"),
-        (lambda d: [p.write_text("x") for p in d.glob("bounding_box_train/0002*")], "no intact image"),
+        (lambda d: [p.write_text("x") for p in d.glob("bounding_box_train/0002*")],
+         "no intact image"),
     ],
     ids=["empty", "missing", "name", "camera", "single", "few", "damaged"],
 )  # fmt: skip
 def test_wrong_data_is_one_line(tmp_path, spoil, words):
     market(tmp_path / "data")
     spoil(tmp_path / "data")
-    command = f"train_reid.py {SMALL} --data data --epochs 1 --arch REID_SEARCH"
+    command = f"train_reid.py {SMALL} --data data --epochs 1 --arch REID_SEARCH --save_every 10"
     assert_one_line(run(command, tmp_path, code=2), words, tmp_path)
 
 
