@@ -230,7 +230,7 @@ def assert_one_line(output, words, cwd):
 def test_wrong_data_is_one_line(tmp_path, spoil, words):
     market(tmp_path / "data")
     spoil(tmp_path / "data")
-    command = f"train_reid.py {SMALL} --data data --epochs 1 --arch REID_SEARCH"
+    command = f"train_reid.py {SMALL} --data data --epochs 1 --arch REID_SEARCH --save_every 10"
     assert_one_line(run(command, tmp_path, code=2), words, tmp_path)
 
 
