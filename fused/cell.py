@@ -36,7 +36,13 @@ from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, Sep
 
 
 def remembered(tensor, key, make):
-    """make(), kept on the tensor that it is made of, for the cells that need the same again."""
+    """make(), kept on the tensor that it is made of, for the cells that need the same again.
+
+    Not on a leaf that learns, which outlives a graph, and not beyond a change of the tensor.
+    """
+    if tensor.is_inference() or (tensor.is_leaf and tensor.requires_grad):
+        return make()
+    key = *key, tensor._version, torch.is_grad_enabled()
     kept = getattr(tensor, "_fused", None)
     if kept is None or any(mine is not its for mine, its in zip(key, kept[0], strict=True)):
         kept = tensor._fused = key, make()

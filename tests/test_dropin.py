@@ -363,6 +363,33 @@ def test_an_edited_operation_or_cell_is_what_runs(monkeypatch):
     assert not build().fused
 
 
+def test_a_fast_cell_used_by_itself_keeps_nothing_stale():
+    """Twice on the same tensors: changed in place, without gradients first, backward each time."""
+    torch.manual_seed(0)
+    arguments = 2, 2, 8, 8, 8, False, False
+    paper, fast = model_search.Cell(*arguments).double(), model_search.FastCell(*arguments).double()
+    fast.load_state_dict(paper.state_dict())
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    weights, betas = torch.rand(5, 8).double(), torch.rand(5).double()
+    for tensor in (x, weights, betas):
+        tensor.requires_grad_()
+    for leaf in (True, False):
+        s = x if leaf else x * 2
+        with torch.no_grad():
+            torch.testing.assert_close(fast(s, s, weights, betas), paper(s, s, weights, betas))
+        for _ in range(2):
+            found = []
+            for cell in (paper, fast):
+                out = cell(s, s, weights, betas).square().sum()
+                found.append(torch.autograd.grad(out, [x, weights, betas], retain_graph=True))
+            torch.testing.assert_close(*found)
+            with torch.no_grad():
+                s.mul_(0.5)
+                weights.mul_(0.5)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x, x, weights, betas), paper(x, x, weights, betas))
+
+
 def test_comparing_leaves_random_numbers_alone():
     torch.manual_seed(0)
     build(fused=False)
