@@ -330,8 +330,8 @@ class Failing(model_search.MixedOp):
 def test_an_edited_mixed_operation_is_what_runs(edited, words, monkeypatch, caplog):
     assert build().fused
     monkeypatch.setattr(model_search, "MixedOp", edited)
+    monkeypatch.setattr(logging.getLogger("pc-darts"), "propagate", True)  # a run's log does not
     with caplog.at_level(logging.WARNING, "pc-darts"):
-        logging.getLogger("pc-darts").propagate = True
         network = build()
     assert not network.fused and type(network.cells[0]._ops[0]) is edited
     [record] = caplog.records

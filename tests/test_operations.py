@@ -52,7 +52,7 @@ def same(actual, expected):
 
 
 def test_names():
-    assert set(OPS) == set(NAMES)
+    assert set(OPS) - {"part_aware"} == set(NAMES)  # which reid/ adds when it is imported
 
 
 @pytest.mark.parametrize("stride", [1, 2])
