@@ -1,9 +1,33 @@
 """What several test files use."""
 
+import atexit
+import functools
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def warm_python():
+    """The words before a script's: a Python that has torch imported already (warm.py)."""
+    if not hasattr(os, "pidfd_open"):  # no Linux
+        return [sys.executable]
+    folder = tempfile.mkdtemp(prefix="warm-")
+    warm, socket = ROOT / "tests" / "warm.py", Path(folder, "socket")
+    server = subprocess.Popen([sys.executable, warm, "--serve", socket], stdin=subprocess.PIPE)
+
+    @atexit.register
+    def end():
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(folder)
+
+    return [sys.executable, "-S", "-E", str(warm), str(socket)]
 
 
 def copy_code(folder):

@@ -91,21 +91,8 @@ def test_three_search_steps_lead_where_the_released_ones_do(name, form, order):
     assert np.abs(losses - case.figures[f"{order}_losses"]).max() < 1e-9
     images, _ = case.batch("valid0")
     assert_close(case.model(images), case.figures[f"{order}_logits_train"], 1e-9)
-
-
-@BOTH
-@pytest.mark.parametrize("name", ["cifar_k4", "darts_k1"])
-def test_running_statistics_after_three_steps_are_the_released_ones(name, form):
-    case = Case(name, form)
-    for t, eta in enumerate((0.1, 0.07, 0.03)):
-        case.optimizer.param_groups[0]["lr"] = eta
-        batches = *case.batch(f"train{t}"), *case.batch(f"valid{t}")
-        case.architect.step(*batches, eta, case.optimizer, unrolled=False)
-        case.weight_step(f"train{t}")
-    images, _ = case.batch("valid0")
-    case.model(images)
-    logits = case.model.eval()(images)
-    assert_close(logits, case.figures["first3_logits_eval"], 1e-9)
+    if order == "first3" and name != "imagenet_k2":  # whose statistics are moved twice, see below
+        assert_close(case.model.eval()(images), case.figures["first3_logits_eval"], 1e-9)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.19])

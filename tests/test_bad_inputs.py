@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from harness import costs, runs, script
+from helpers import warm_python
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def place(tmp_path_factory):
 
     def run(name, script, *flags):
         flags = [*flags, "--epochs", "2", "--layers", "3", "--save", name]
-        subprocess.run([sys.executable, ROOT / script, *flags], cwd=place, check=True)
+        subprocess.run([*warm_python(), ROOT / script, *flags], cwd=place, check=True)
         [folder] = place.glob(f"*-{name}-*")
         folder.rename(place / name)
 

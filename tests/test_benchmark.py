@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,14 @@ from torch import nn
 
 import benchmark
 from harness import costs
+from helpers import warm_python
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--batch_size 4 --repeats 2 --init_channels 8 --layers 3 --device cpu"
 
 
 def run(what, folder, *flags):
-    command = [sys.executable, ROOT / "benchmark.py", what, *SMALL.split(), *flags]
+    command = [*warm_python(), ROOT / "benchmark.py", what, *SMALL.split(), *flags]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

@@ -5,7 +5,6 @@ And what somebody who changes the mixed operation gets: what he wrote.
 
 import logging
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +19,7 @@ import model_search
 import operations
 import utils
 from architect import _concat
-from helpers import ROOT, copy_code
+from helpers import ROOT, copy_code, warm_python
 
 DATA = '''
 import glob, logging, os, sys
@@ -173,7 +172,7 @@ def play(text, cwd):
     """The output of a script that stands elsewhere and imports our modules."""
     (cwd / "script.py").write_text(text)
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=cwd, capture_output=True, text=True,
+        [*warm_python(), "script.py"], cwd=cwd, capture_output=True, text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -417,7 +416,7 @@ def test_a_file_edited_by_hand(tmp_path):
     assert old in text
     path.write_text(text.replace(old, old.replace("w * op", "w.sqrt() * op")))
     flags = "--set digits --input_size 8 --layers 3 --init_channels 8 --batch_size 300"
-    command = [sys.executable, "train_search.py", *flags.split(), "--epochs", "1"]
+    command = [*warm_python(), "train_search.py", *flags.split(), "--epochs", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("not in its fast form") == 1

@@ -16,6 +16,7 @@ import torch
 
 import genotypes
 from harness import script
+from helpers import warm_python
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +30,9 @@ def start(command, cwd, processes=None):
     """The process of a command, under torchrun if there are several processes."""
     script, *flags = command.split()
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    launcher = launcher if processes else []
+    python = [sys.executable, *launcher] if processes else warm_python()
     return subprocess.Popen(
-        [sys.executable, *launcher, ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
+        [*python, ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import genotypes
+from helpers import warm_python
 from reid import PKBatches, data
 from reid.flags import whole_numbers
 from reid.loader import Loader, embed
@@ -36,8 +37,9 @@ TRAIN = f"train_reid.py {DIGITS} --epochs 3 --eval_freq 2 --warm_up 1 --drop_pat
 def start(command, cwd, processes=None):
     script, *flags = command.split()
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    python = [sys.executable, *launcher] if processes else warm_python()
     return subprocess.Popen(
-        [sys.executable, *(launcher if processes else []), ROOT / script, *flags], cwd=cwd,
+        [*python, ROOT / script, *flags], cwd=cwd,
         text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import genotypes
 import model_search
 import utils
 from harness import files
-from helpers import copy_code
+from helpers import copy_code, warm_python
 
 ROOT = Path(__file__).parents[1]
 TINY_SEARCH = "--set digits --epochs 2 --begin 1 --batch_size 128 --init_channels 8 --layers 3"
@@ -28,7 +27,7 @@ def run(command, cwd):
     """The finished process of a command that must succeed."""
     script, *flags = command.split()
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True
+        [*warm_python(), ROOT / script, *flags], cwd=cwd, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -174,7 +173,7 @@ def test_a_cell_pasted_into_genotypes_is_a_name(tmp_path):
         )
     flags = f"--arch MyCell {TINY_TRAIN} --epochs 1".split()
     done = subprocess.run(
-        [sys.executable, "train.py", *flags], cwd=tmp_path, capture_output=True, text=True
+        [*warm_python(), "train.py", *flags], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "normal_concat=[2]" in done.stdout

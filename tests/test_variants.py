@@ -22,7 +22,7 @@ import model_search
 import train_search
 from architect import Architect
 from harness import analysis, files
-from helpers import copy_code
+from helpers import copy_code, warm_python
 from test_model_search import assert_equal, batch, close, gradients, twins
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ SMALL = dict(C=8, num_classes=3, layers=3)
 def run(command, cwd, code=0):
     script, *flags = command.split()
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True
+        [*warm_python(), ROOT / script, *flags], cwd=cwd, capture_output=True, text=True
     )
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -339,7 +339,7 @@ def test_an_operation_of_ones_own(tmp_path):
     flags = f"{TINY} 8 --begin 0 --primitives none,gate,sep_conv_7x7".split()
     for script in ("train_search.py", "train.py"):
         done = subprocess.run(
-            [sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True
+            [*warm_python(), script, *flags], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         [folder] = tmp_path.glob("search-*")
@@ -370,7 +370,7 @@ def test_a_mixed_operation_of_ones_own(tmp_path):
     path, last = tmp_path / "model_search.py", "\nif __name__"
     path.write_text(path.read_text().replace(last, f"{OWN_MIXED}\n{last}"))
     done = subprocess.run(
-        [sys.executable, "train_search.py", *f"{TINY} 8 --begin 0".split()], cwd=tmp_path,
+        [*warm_python(), "train_search.py", *f"{TINY} 8 --begin 0".split()], cwd=tmp_path,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

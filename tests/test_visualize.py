@@ -18,6 +18,7 @@ import pytest
 import genotypes
 from genotypes import Genotype
 from harness import drawing, files, report
+from helpers import warm_python
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def test_colours_are_of_the_op():
 
 def run(*flags, cwd):
     return subprocess.run(
-        [sys.executable, ROOT / "visualize.py", *flags], cwd=cwd, capture_output=True, text=True
+        [*warm_python(), ROOT / "visualize.py", *flags], cwd=cwd, capture_output=True, text=True
     )
 
 
@@ -304,7 +305,7 @@ def test_a_search_with_report_and_tensorboard(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = "--set digits --epochs 3 --begin 1 --layers 3 --init_channels 8 --batch_size 300 "
     flags += "--input_size 8 --report 2 --tensorboard"
-    command = [sys.executable, ROOT / "train_search.py", *flags.split()]
+    command = [*warm_python(), ROOT / "train_search.py", *flags.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "epochs left" not in done.stdout  # seconds are not worth a line
