@@ -1,8 +1,8 @@
 """The supernet of PC-DARTS (Xu et al., ICLR 2020): MixedOp (eq. 2), Cell (eq. 3), Network.
 
 This is the paper in code, to be read and changed. The same cell, several times faster, is
-fused.Cell: Network builds it in the place of Cell where both give the same figures, which it finds
-out each time (`same_figures`). So what is written here is what runs.
+fused.Cell: Network builds it in the place of Cell where it was written for this very text and both
+give the same figures, which is found out each time (`difference_from_fast`).
 """
 
 import functools
@@ -155,7 +155,9 @@ class Network(nn.Module):
 
         make_cell = functools.partial(Cell, steps, multiplier)
         variant = dict(k=k, sampling=sampling, primitives=self.primitives)
-        self.fused = fused and same_figures(C, steps, multiplier, variant)
+        self.why_plain = difference_from_fast(C, steps, multiplier, variant) if fused else "asked"
+        self.fused = self.why_plain is None
+        self._stands_for = Cell.forward, MixedOp.forward
         if self.fused:
             make_cell = functools.partial(FastCell, steps, multiplier, recompute=recompute)
 
@@ -210,7 +212,15 @@ class Network(nn.Module):
         return self.classifier(self.features(x))
 
     def features(self, x):
-        """What the classifier reads: the mean over the last map of each channel, (N, channels)."""
+        """What the classifier reads: the mean over the last map of each channel, (N, channels).
+
+        Raises RuntimeError where the fast form stands for a Cell that has been replaced since.
+        """
+        if self.fused and self._stands_for != (Cell.forward, MixedOp.forward):
+            raise RuntimeError(
+                "MixedOp or Cell has been changed since this network was built in its fast form: "
+                "change it before, or build with fused=False"
+            )
         if self.fused:
             x = x.contiguous(memory_format=torch.channels_last)
         if self._arguments["stem"] == "imagenet":
@@ -326,20 +336,30 @@ class Network(nn.Module):
         return self
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As nn.Module's; accepts a `module.` prefix, and a state dict without alphas and betas."""
+        """As nn.Module's; accepts a `module.` prefix, and a state dict without alphas and betas.
+
+        A parameter may stand there by its name in named_parameters(), too, which the fast form's
+        state dict does not use; it counts then.
+        """
         state_dict = without_module_prefix(state_dict)
         for name in self._arch_names:
             state_dict.setdefault(name, getattr(self, name).detach())
+        named, own = dict(self.named_parameters()), self.state_dict().keys()
+        named = {
+            p: state_dict.pop(name) for name, p in named.items() if name in state_dict.keys() - own
+        }
         keys = super().load_state_dict(state_dict, strict, assign)
+        for parameter, values in named.items():
+            parameter.data.copy_(values)
         for tensor in self.arch_parameters():  # which `assign` replaces by what requires none
             tensor.requires_grad_()
         return keys
 
 
-def same_figures(C, steps, multiplier, variant):
-    """Whether the fast cell is what Cell is, found out on two small ones; a line where it is not.
+def difference_from_fast(C, steps, multiplier, variant):
+    """None, or in a few words why the fast cell is not what Cell is; a line tells it, too.
 
-    MixedOp, Cell and the operations are whatever they have been made by now.
+    Found out on two small cells. MixedOp, Cell and the operations are whatever they are by now.
     """
     edges = sum(2 + j for j in range(steps))
     for reduction in (False, True):
@@ -350,8 +370,8 @@ def same_figures(C, steps, multiplier, variant):
             log.warning(
                 "the supernet runs as model_search.py has it, not in its fast form: %s", why
             )
-            return False
-    return True
+            return why
+    return None
 
 
 if __name__ == "__main__":

@@ -100,8 +100,14 @@ class Stacked(nn.ParameterList):
         pass
 
 
-def has_affine_norm(op):
-    return any(getattr(module, "affine", False) for module in op.modules())
+def is_ordinary(op):
+    """Whether its norms learn nothing, all else does, and nobody has hooked himself in."""
+    return not any(
+        getattr(module, "affine", False)
+        or any("_hooks" in name and value for name, value in vars(module).items())
+        or not all(parameter.requires_grad for parameter in module.parameters())
+        for module in op.modules()
+    )
 
 
 class Edge(nn.Module):
@@ -162,11 +168,11 @@ class Cell(nn.Module):
         """The places in primitives of each kind of op, read off the first and the last edge."""
 
         def kind(*types):
-            """Places whose op is of these types on both edges, with norms that learn nothing."""
+            """Places whose op is of these types on both edges, as operations.py makes it."""
             return [
                 o
                 for o, pair in enumerate(zip(first, last, strict=True))
-                if tuple(map(type, pair)) in types and not any(map(has_affine_norm, pair))
+                if tuple(map(type, pair)) in types and all(map(is_ordinary, pair))
             ]
 
         def keeps_size(op, dilation):
@@ -252,7 +258,7 @@ class Cell(nn.Module):
     def _mixture_places(self):
         """Of each wave where in a row of all coefficients (E, ops) W has its entries: (T, blocks).
 
-        W is the matrix of operations.NormSum: an edge's ops go to its own target, the pools and the
+        W is the matrix of functions.NormSum: an edge's ops go to its own target, the pools and the
         skip_connect of a source to all. -1 stands for zero. `skips`, the last, are not normalized.
         """
         n = len(self.primitives)
@@ -288,7 +294,7 @@ class Cell(nn.Module):
         return coefficients, [part.view(wave) for part, wave in parts], self.mixtures(coefficients)
 
     def mixtures(self, coefficients):
-        """(W, W_normed) of operations.NormSum, (T, blocks), of each wave; coefficients (E, ops)."""
+        """(W, W_normed) of functions.NormSum, (T, blocks), of each wave; coefficients (E, ops)."""
         row = F.pad(coefficients.flatten(), (0, 1))
         parts = row[self.places].split([T * blocks for T, blocks in self.shapes])
         Ws = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]

@@ -120,7 +120,7 @@ def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, 
     docs/differences.md, 2 and 3.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
-    frozen. gradients: architect.Gradients of the training loss. args: unrolled, grad_clip,
+    frozen. gradients: fused.Gradients of the training loss. args: unrolled, grad_clip,
     report_freq. run: a runs.Run. Returns the training figures as a dict.
     """
     model.train()

@@ -22,7 +22,9 @@ def supernet(args, classes, criterion, stem):
 
 def introduce(log, args, model):
     """The first lines of a search's log about its supernet."""
-    form = "in their fast form" if model.fused else "as model_search.py has them"
+    form = "in their fast form"
+    if not model.fused:
+        form = f"as model_search.py has them ({model.why_plain})"
     log.info(
         "supernet: %.6f M weights, K = %d, cells %s",
         utils.count_parameters_in_MB(model), args.k, form,

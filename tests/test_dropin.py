@@ -3,7 +3,10 @@
 And what somebody who changes the mixed operation gets: what he wrote.
 """
 
+import functools
+import importlib
 import logging
+import random
 import subprocess
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ import model_search
 import operations
 import utils
 from architect import _concat
+from fused import comparison
 from helpers import ROOT, copy_code, warm_python
 
 DATA = '''
@@ -321,10 +325,35 @@ class Failing(model_search.MixedOp):
         return super().forward(x, weights)
 
 
+class Larger(model_search.MixedOp):
+    """Another one on maps that no small cell has."""
+
+    def forward(self, x, weights):
+        return super().forward(x, weights) * (2 if x.shape[2] > 16 else 1)
+
+
+class Initialized(model_search.MixedOp):
+    """The same function, from other weights."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.1)
+
+
+class Seldom(model_search.MixedOp):
+    """Another one once in a thousand times."""
+
+    def forward(self, x, weights):
+        return super().forward(x, weights) * (random.random() > 0.001)
+
+
 @pytest.mark.parametrize(
     ("edited", "words"),
     [(Sharper, "differs by"), (Switched, "Switched.drop"), (OfTheClass, "OfTheClass.drop"),
-     (Scaled, "state dict"), (Failing, "maps of 16 x 16, please")],
+     (Scaled, "state dict"), (Failing, "maps of 16 x 16, please"),
+     (Larger, "Larger has another text"), (Initialized, "Initialized has another text"),
+     (Seldom, "Seldom has another text")],
 )  # fmt: skip
 def test_an_edited_mixed_operation_is_what_runs(edited, words, monkeypatch, caplog):
     assert build().fused
@@ -335,6 +364,95 @@ def test_an_edited_mixed_operation_is_what_runs(edited, words, monkeypatch, capl
     assert not network.fused and type(network.cells[0]._ops[0]) is edited
     [record] = caplog.records
     assert words in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_cell_that_adds_its_input_where_shapes_agree_is_what_runs(monkeypatch):
+    """In the small cells they do not."""
+
+    class Residual(model_search.Cell):
+        def forward(self, s0, s1, weights, betas):
+            out = super().forward(s0, s1, weights, betas)
+            return out + s1 if out.shape == s1.shape else out
+
+    monkeypatch.setattr(model_search, "Cell", Residual)
+    network = build()
+    assert not network.fused and network.why_plain.startswith("Residual has another text")
+
+
+def test_what_is_wrapped_around_a_forward_is_seen(monkeypatch):
+    forward = model_search.MixedOp.forward
+
+    @functools.wraps(forward)
+    def louder(self, x, weights):
+        return forward(self, x, weights) * (2 if x.shape[2] > 16 else 1)
+
+    network = build()
+    monkeypatch.setattr(model_search.MixedOp, "forward", louder)
+    assert build().why_plain == "MixedOp has another text than the one it was written for"
+    with pytest.raises(RuntimeError, match="changed since this network was built"):
+        network(torch.randn(2, 3, 16, 16))
+
+
+def test_comments_and_docstrings_do_not_count(tmp_path):
+    """But every word of the code does."""
+
+    def digest(text):
+        path = tmp_path / f"text_{abs(hash(text))}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return comparison.digest(module.A)
+
+    text = "class A:\n    def f(self, x):\n        if x:\n            x = x + 1\n        return x\n"
+    documented = text.replace("x):\n", 'x):  # why\n        """What."""\n\n')
+    assert digest(text) == digest(documented)
+    for old, new in (
+        ("x + 1", "x + 2"),
+        ("    return", "        return"),
+        ("self, x", "self, x=0"),
+    ):
+        assert digest(text) != digest(text.replace(old, new))
+
+
+def test_an_operation_with_a_hook_or_fixed_weights_runs_as_it_is(monkeypatch):
+    """Where it has them in the later cells alone, too."""
+
+    def hooked(C, stride, affine):
+        op = operations.SepConv(C, C, 3, stride, 1, affine=affine)
+        if C > 2:
+            op.register_forward_hook(lambda module, inputs, out: 2 * out)
+        return op
+
+    def fixed(C, stride, affine):
+        op = operations.DilConv(C, C, 3, stride, 2, 2, affine=affine)
+        return op.requires_grad_(C <= 2)
+
+    monkeypatch.setitem(operations.OPS, "sep_conv_3x3", hooked)
+    monkeypatch.setitem(operations.OPS, "dil_conv_3x3", fixed)
+    fast, paper = (build(fused=fused) for fused in (True, False))
+    assert fast.fused
+    paper.load_state_dict(fast.state_dict())
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(fast(images), paper(images))
+    count = [sum(not p.requires_grad for p in network.parameters()) for network in (fast, paper)]
+    assert count[0] == count[1] > 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_load_by_their_names(fused):
+    """As the released architect does it: named_parameters() over a state dict, into new()."""
+    network = build(fused=fused)
+    state = network.state_dict()
+    changed = {name: torch.randn_like(p) for name, p in network.named_parameters()}
+    state.update(changed)
+    other = network.new()
+    other.load_state_dict(state)
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, changed[name])
+    state["cells.0.nobody"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="nobody"):
+        other.load_state_dict(state)
 
 
 def test_an_edited_operation_or_cell_is_what_runs(monkeypatch):
@@ -390,12 +508,12 @@ def test_a_fast_cell_used_by_itself_keeps_nothing_stale():
 
 
 def test_comparing_leaves_random_numbers_alone():
-    torch.manual_seed(0)
-    build(fused=False)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    build()
-    assert torch.equal(torch.rand(3), expected)
+    drawn = []
+    for fused in (False, True):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        build(fused=fused)
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
 
 
 def test_second_derivatives_of_the_plain_form():
