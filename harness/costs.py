@@ -140,26 +140,6 @@ def _held(thing, seen):
         yield from _held(each, seen)
 
 
-class _Bytes(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.moved = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable or not _memory(out) <= _memory((args, kwargs)):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
-            self.moved += sum(tensor.nbytes for tensor in tensors)
-        return out
-
-
-def bytes_moved(function):
-    """Bytes of all tensors that the aten functions called by `function()` read and write."""
-    with _Bytes() as count:
-        function()
-    return count.moved
-
-
 def peak_memory(device):
     """Peak memory in MiB: of the tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
