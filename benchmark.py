@@ -14,7 +14,6 @@ the paper's form of the supernet, Network(fused=False). What was measured stands
 """
 
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -35,7 +34,7 @@ import fused
 import genotypes
 import utils
 from architect import Architect
-from harness import costs, data, flags, imagenet, loops, script
+from harness import costs, data, flags, imagenet, loops, report, script
 from model import NetworkCIFAR
 from model_search import Network
 
@@ -73,36 +72,33 @@ def main(args):
     for name in TABLES if args.what == "all" else [args.what]:
         utils.set_seed(0)
         results[name] = TABLES[name](args)
-        print(f"\n## {name}\n\n{markdown(results[name])}", flush=True)
+        print(f"\n## {name}\n\n{report.markdown(results[name])}", flush=True)
         write(results, args.json)
 
 
 def supernet(args):
-    """Forward + backward: seconds, megabytes kept for backward, aten calls, peak memory."""
+    """Forward + backward: seconds, megabytes kept for backward, aten calls; peak of a GPU."""
+    plain, ours, again = supernets(args)
+    runs = {
+        "plain, float32": (plain, False), "ours, float32": (ours, False),
+        "ours, float32, --recompute": (again, False),
+        "plain, bfloat16": (plain, True), "ours, bfloat16 (--amp)": (ours, True),
+    }  # fmt: skip
     x, y = batch(args, args.batch_size)
-    runs = supernet_runs(args)
     steps = {name: forward_backward(*run, x, y) for name, run in runs.items()}
     times = in_turns(steps, args)
     rows = []
     for name, (network, amp) in runs.items():
         reference = times["plain, bfloat16" if amp else "plain, float32"]
-        counts = {
-            "MB kept per image": kept_per_image(network, amp, x, y),
-            "aten calls": costs.aten_calls(steps[name]).total(),
-            "peak memory, MiB": peak(args, name, steps[name]),
-        }
-        rows.append(row(name, times[name], reference) | counts)
+        figures = row(name, times[name], reference)
+        figures["MB kept per image"] = kept_per_image(network, amp, x, y)
+        figures["aten calls"] = costs.aten_calls(steps[name]).total()
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+            steps[name]()
+            figures["peak memory, MiB"] = costs.peak_memory(args.device)
+        rows.append(figures)
     return rows
-
-
-def supernet_runs(args):
-    """{name of a side: (network, whether it runs in bfloat16)}."""
-    plain, ours, again = supernets(args)
-    return {
-        "plain, float32": (plain, False), "ours, float32": (ours, False),
-        "ours, float32, --recompute": (again, False),
-        "plain, bfloat16": (plain, True), "ours, bfloat16 (--amp)": (ours, True),
-    }  # fmt: skip
 
 
 def search(args):
@@ -163,36 +159,33 @@ def loaders(args):
 
 
 def files(args):
-    """Reading image files: what one core does, step by step, and imagenet.Loader with workers."""
+    """Reading image files: what one core does, then imagenet.Loader with a worker on each core."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(args.images or photos(made, 256))
         if not folder.is_dir():
             raise utils.UserError(f"--images {folder}: there is no such folder of classes")
         images = imagenet.read_files(folder, data.class_names(folder))
         n, workers = min(64, len(images)), len(os.sched_getaffinity(0))
-        jitter = imagenet.train_transform(224, True)
         transforms = {
             "decode": lambda image: image,
             "decode, crop, flip (search)": imagenet.train_transform(224, False),
-            "decode, crop, flip, colour jitter (training)": jitter,
+            "decode, crop, flip, colour jitter (training)": imagenet.train_transform(224, True),
             "decode, resize, centre crop (validation)": imagenet.test_transform(224),
         }  # fmt: skip
-        steps = {}
-        for name, transform in transforms.items():
-            part = images.transformed(transform)
-            steps[name] = lambda part=part: [part[i, i] for i in range(n)]
+        parts = {name: images.transformed(transform) for name, transform in transforms.items()}
+        steps = {name: lambda p=part: [p[i, i] for i in range(n)] for name, part in parts.items()}
+        loader = imagenet.Loader(
+            parts["decode, crop, flip, colour jitter (training)"], n // 2, args.device, workers,
+            shuffle=True,
+        )  # fmt: skip
         all_cores = f"imagenet.Loader, {workers} workers (training)"
-        part = images.transformed(jitter)
-        loader = imagenet.Loader(part, n // 2, args.device, workers, shuffle=True)
         steps[all_cores] = partial(take, loader.forever(), 16)
         times = in_turns(steps, args)
     rows = []
     for name, seconds in times.items():
-        median, cores = statistics.median(seconds) / n, 1
-        if name == all_cores:
-            median, cores = median / 8, workers  # 16 batches of n / 2
-        speed = {"ms per image": 1e3 * median, "images per second": 1 / median}
-        rows.append({"step": name, **speed, "per core": 1 / median / cores})
+        count = 16 * (n // 2) if name == all_cores else n
+        rate = count / statistics.median(seconds)
+        rows.append({"step": name, "ms per image": 1e3 / rate, "images per second": rate})
     return rows
 
 
@@ -331,7 +324,7 @@ def batch(args, n):
 
 
 def photos(folder, n):
-    """n JPEG files of 500 x 375 in two classes, about 100 KB each, as ImageNet's are."""
+    """n JPEG files of 500 x 375 in two classes, of 75 KB."""
     draw = np.random.default_rng(0)
     for i in range(n):
         path = Path(folder, "ab"[i % 2])
@@ -370,41 +363,14 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def peak(args, name, step):
-    """Peak memory of one step in MiB: of the tensors on a GPU, else of a process of its own."""
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-        step()
-        return costs.peak_memory(args.device)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_here, (args, name))
-
-
-def peak_here(args, name):
-    """What a step adds to the largest resident size of this process, in MiB; None but on Linux."""
-    step = forward_backward(*supernet_runs(args)[name], *batch(args, args.batch_size))
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # from now on
-        before = proc("self/status", "VmHWM")
-        step()
-        return (int(proc("self/status", "VmHWM").split()[0]) - int(before.split()[0])) / 2**10
-    except OSError:
-        return None
-
-
 def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        return proc("cpuinfo", "model name")
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return device.type
-
-
-def proc(file, name):
-    """The value behind `name:` in a file of Linux."""
-    lines = Path("/proc", file).read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith(name))
 
 
 def row(side, seconds, reference, images=None):
@@ -415,19 +381,6 @@ def row(side, seconds, reference, images=None):
         "times as fast": statistics.median(reference) / median,
     }  # fmt: skip
     return times if images is None else times | {"images per second": images / median}
-
-
-def markdown(rows):
-    head, *lines = (
-        f"| {' | '.join(map(shown, line))} |" for line in [rows[0], *map(dict.values, rows)]
-    )
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
-
-
-def shown(value):
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write(results, path):
