@@ -63,7 +63,7 @@ def main(args):
     elif len(runs) == 1:
         print(report.write(runs[0], (out or folders[0]) / "report.html"))
     else:
-        print(report.table(runs))
+        print("\n\n".join(map(report.markdown, report.tables(runs))))
         print(f"\n{report.compare(runs, (out or Path()) / 'comparison.html')}")
 
 

@@ -140,26 +140,6 @@ def _held(thing, seen):
         yield from _held(each, seen)
 
 
-class _Bytes(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.moved = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable or not _memory(out) <= _memory((args, kwargs)):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
-            self.moved += sum(tensor.nbytes for tensor in tensors)
-        return out
-
-
-def bytes_moved(function):
-    """Bytes of all tensors that the aten functions called by `function()` read and write."""
-    with _Bytes() as count:
-        function()
-    return count.moved
-
-
 def peak_memory(device):
     """Peak memory in MiB: of the tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
@@ -171,6 +151,7 @@ def peak_memory(device):
 PUBLISHED = {  # C, classes, cells, side of the images
     "cifar": (36, 10, 20, 32), "imagenet": (48, 1000, 14, 224),
 }  # fmt: skip
+READ_ONCE = nn.ReLU | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d
 
 
 @functools.lru_cache
@@ -197,33 +178,18 @@ def multiply_adds(network, size, paper=False):
     """
     total = 0
 
-    def count(*layers):
-        weights = sum(layer.weight.numel() for layer in layers)
-
-        def hook(module, inputs, output):
-            nonlocal total
-            total += weights * output[0, 0].numel()  # each weight once per place of the map
-
-        return hook
-
-    def count_read(times):
-        def hook(module, inputs, output):
-            nonlocal total
-            total += times * sum(x.numel() for x in inputs if torch.is_tensor(x))
-
-        return hook
+    def count(module, inputs, output):
+        nonlocal total
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            total += module.weight.numel() * output[0, 0].numel()  # each once per place of the map
+        elif paper and isinstance(module, nn.BatchNorm2d):
+            total += 2 * inputs[0].numel()
+        elif paper and isinstance(module, READ_ONCE):
+            total += inputs[0].numel()
 
     network = copy.deepcopy(network).to("meta").eval()  # shapes alone
-    if paper:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_hook(count_read(2))
-            kinds = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-            if isinstance(module, kinds):
-                module.register_forward_hook(count_read(1))
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(count(module))
+        module.register_forward_hook(count)
     network(torch.empty(1, 3, size, size, dtype=network.classifier.weight.dtype, device="meta"))
     return total
 

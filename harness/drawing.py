@@ -1,5 +1,6 @@
 """Cells as pictures: where their nodes lie, and how they are drawn."""
 
+import contextlib
 import itertools
 import random
 import zlib
@@ -33,12 +34,19 @@ def figures():
 def save(figure, path):
     """Writes a picture, the same bytes each time; returns its path. UserError where it cannot."""
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:])
+    with writing(path):
+        figure.savefig(path, dpi=300, metadata=metadata)
+    return path
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Makes the folder of what is written within; UserError where it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=300, metadata=metadata)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another --out") from None
-    return path
 
 
 def colour(op):
@@ -46,21 +54,20 @@ def colour(op):
     return COLOURS.get(op) or OTHERS[zlib.crc32(op.encode()) % len(OTHERS)]
 
 
+def cells(genotype):
+    """{kind: (edges, concatenated nodes)}."""
+    return {"normal": genotype[:2], "reduction": genotype[2:]}
+
+
 def draw(genotype):
     """{"normal": matplotlib Figure, "reduction": Figure}."""
-    return {
-        "normal": draw_cell(genotype.normal, genotype.normal_concat),
-        "reduction": draw_cell(genotype.reduce, genotype.reduce_concat),
-    }
+    return {kind: draw_cell(*cell) for kind, cell in cells(genotype).items()}
 
 
 def dot(genotype):
     """Graphviz source of both cells, for `dot -Tpdf`."""
     lines = ["digraph {", "  rankdir=LR; node [shape=box, style=rounded];"]
-    for kind, edges, concat in (
-        ("normal", genotype.normal, genotype.normal_concat),
-        ("reduction", genotype.reduce, genotype.reduce_concat),
-    ):
+    for kind, (edges, concat) in cells(genotype).items():
         lines.append(f'  subgraph cluster_{kind} {{\n    label="{kind}";')
         names = node_names(edges)
         lines += [f'    {kind}{i} [label="{name}"];' for i, name in enumerate(names)]
@@ -142,7 +149,7 @@ def layout(edges, concat):
 
 
 def fewest_crossings(order, links, tries=20):
-    """(ranks in the best order found, its crossings): sweeps by barycentre, then swaps."""
+    """(ranks in the best order found, its crossings): sweeps by barycentre."""
     draw = random.Random(0)
     best = None
     for attempt in range(tries):
@@ -156,18 +163,6 @@ def fewest_crossings(order, links, tries=20):
                 near = ranks[r - 1] if forth else ranks[r + 1]
                 pairs = [(b, a) for a, b in links[r - 1]] if forth else links[r]
                 _sort(ranks[r], near, pairs)
-        swapped = True
-        while swapped:
-            swapped = False
-            for r, places in enumerate(ranks):
-                around = [q for q in (r - 1, r) if 0 <= q < len(ranks) - 1]
-                for i in range(len(places) - 1):
-                    before = sum(_crossings(ranks, links, q) for q in around)
-                    places[i : i + 2] = places[i + 1], places[i]
-                    if sum(_crossings(ranks, links, q) for q in around) < before:
-                        swapped = True
-                    else:
-                        places[i : i + 2] = places[i + 1], places[i]
         crossings = sum(_crossings(ranks, links, r) for r in range(len(ranks) - 1))
         inputs = ranks[0].index(("node", 0)), ranks[0].index(("node", 1))
         length = sum(

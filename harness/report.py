@@ -10,9 +10,12 @@ import html
 import io
 import json
 import math
+import operator
 import statistics
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 import genotypes
 import utils
@@ -63,6 +66,12 @@ class Record(NamedTuple):
     def column(self, name):
         return [row[name] for row in self.rows if name in row]
 
+    @property
+    def measured(self):
+        """[(epoch, result)] of the epochs that were measured."""
+        values = enumerate(self.column(self.accuracy), 1)
+        return [(epoch, value) for epoch, value in values if not math.isnan(value)]
+
 
 def read(folder):
     """The Record of a run folder; UserError where it is none or cannot be read."""
@@ -70,31 +79,29 @@ def read(folder):
     about = files.read_args(folder)
     if not str(about.get("script")).startswith("train"):
         raise utils.UserError(f"{folder} is no run of a search or training: give such a folder")
-    rows, cells = [], []
     try:
-        if (folder / "metrics.csv").exists():
-            with open(folder / "metrics.csv", newline="") as file:
-                for row in csv.DictReader(file):
-                    if None not in row and None not in row.values():  # a line that is being written
-                        rows.append({name: float(value) for name, value in row.items()})
-        if (folder / "genotypes.jsonl").exists():
-            for line in (folder / "genotypes.jsonl").read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    cells.append(json.loads(line))
+        table = csv.DictReader(whole_lines(folder / "metrics.csv"))
+        rows = [{name: float(value) for name, value in row.items()} for row in table]
+        cells = [json.loads(line) for line in whole_lines(folder / "genotypes.jsonl")]
         genotype = None
         if (folder / "genotype.json").exists():
             genotype = genotypes.load(folder)
         elif cells:
             genotype = genotypes.from_json(json.dumps(cells[-1]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise utils.UserError(f"{folder} is damaged ({error}): mend or leave it out") from None
     return Record(folder, about, rows, cells, genotype)
 
 
+def whole_lines(path):
+    """The lines of a file, but for one that is being written; none without the file."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def write(run, path, more=None):
     """Writes report.html; returns its path. more: further pictures, as those of `pictures`."""
-    args, name = run.about["args"], run.folder.resolve().name
-    done = f"{len(run.rows)} of {run.epochs} epochs"
+    name = run.folder.resolve().name
     parts = [f"<h1>{html.escape(name)}</h1><p>{headline(run)}</p>"]
     command = " ".join(map(str, run.about.get("command", [])))
     parts.append(f"<pre>{html.escape(command)}</pre>")
@@ -103,21 +110,21 @@ def write(run, path, more=None):
         "machine": run.about.get("device"),
         "torch, Python": f"{run.about.get('torch')}, {run.about.get('python')}",
         "commit": f"{run.about.get('commit') or 'unknown'}{clean}",
-        "done": done,
+        "done": f"{len(run.rows)} of {run.epochs} epochs",
     }
     if run.rows:
         facts["time"] = f"{utils.duration(sum(run.column('seconds')))} in training steps"
         facts["peak memory"] = f"{max(run.column('memory_mib')):.0f} MiB"
-    parts.append(rows_of(facts))
-    parts.append(f"<details><summary>all arguments</summary>{rows_of(args)}</details>")
+    parts.append(html_table(facts.items()))
+    arguments = html_table(run.about["args"].items())
+    parts.append(f"<details><summary>all arguments</summary>{arguments}</details>")
     if not run.rows:
         parts.append("<p>No epoch is done yet.</p>")
     for title, (explanation, figure) in (pictures(run) | (more or {})).items():
         parts.append(f"<h2>{title.capitalize()}</h2><p>{explanation}</p>{image(figure, title)}")
     for picture in sorted(run.folder.glob("*.png")):  # that the script left there
-        content = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h2>{picture.stem.capitalize()}</h2><img alt="{picture.stem}" '
-                     f'src="data:image/png;base64,{content}">')  # fmt: skip
+        shown = embedded(picture.read_bytes(), "png", picture.stem)
+        parts.append(f"<h2>{picture.stem.capitalize()}</h2>{shown}")
     if run.genotype is not None:
         parts.append(f"<pre>{html.escape(genotypes.text(run.genotype))}</pre>")
     page(path, name, parts)
@@ -146,30 +153,30 @@ def pictures(run):
 
 def headline(run):
     """The result in a sentence."""
-    values = run.column(run.accuracy)
-    tested = [i for i, value in enumerate(values) if not math.isnan(value)]
-    if not tested:
+    if not run.measured:
         return "Nothing is measured yet."
+    last, value = run.measured[-1]
     if run.is_search:
         skips = ""
         if run.genotype is not None:
             skips = ", {} and {} skip_connects".format(*genotypes.skip_connects(run.genotype))
-        return f"Search: training accuracy {values[-1]:.2f} % after epoch {len(values)}{skips}."
-    best, last = max(tested, key=values.__getitem__), tested[-1]
-    when = "the last epoch" if last + 1 == len(values) else "epoch"
+        return f"Search: training accuracy {value:.2f} % after epoch {last}{skips}."
+    best, highest = max(run.measured, key=operator.itemgetter(1))
+    when = "the last epoch" if last == len(run.column(run.accuracy)) else "epoch"
     name = f"{run.about['result']} " if "result" in run.about else ""
     return (
-        f"Training: {name}{values[last]:.2f} % after {when}, {last + 1}; best epoch {best + 1} "
-        f"with {values[best]:.2f} % (chosen on these images: not a result)."
+        f"Training: {name}{value:.2f} % after {when}, {last}; best epoch {best} "
+        f"with {highest:.2f} % (chosen on these images: not a result)."
     )
 
 
-def rows_of(facts):
-    cells = (
-        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
+def html_table(rows):
+    """rows: of cells, the first of each its name."""
+    lines = []
+    for name, *cells in rows:
+        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+        lines.append(f"<tr><th>{html.escape(str(name))}</th>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def image(figure, alt):
@@ -179,9 +186,14 @@ def image(figure, alt):
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "path"}):  # looks the same in any browser
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    content = base64.b64encode(buffer.getvalue()).decode()
     width = round(figure.get_figwidth() * 120)
-    return f'<img width="{width}" alt="{alt}" src="data:image/svg+xml;base64,{content}">'
+    return embedded(buffer.getvalue(), "svg+xml", alt, f' width="{width}"')
+
+
+def embedded(content, kind, alt, style=""):
+    """The bytes of a picture inside the page."""
+    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<img{style} alt="{alt}" src="{source}">'
 
 
 def page(path, title, parts):
@@ -191,13 +203,8 @@ def page(path, title, parts):
         f'<title>{html.escape(title)}</title><link rel="icon" href="data:,">'
         f"<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise utils.UserError(
-            f"cannot make {path.parent} ({error.strerror}): give another --out"
-        ) from None
-    files.write(path, text.encode())
+    with drawing.writing(path):
+        files.write(path, text.encode())
 
 
 def subplots(n, width, height):
@@ -239,19 +246,17 @@ def curves(run):
             label = "test" if other == "test_" else "validation"
             line(axis, run.column(other + name), label, ORANGE)
         axis.set_title(title)
-    values = run.column(run.accuracy)
-    measured = [i for i, value in enumerate(values) if not math.isnan(value)]
-    if "result" in run.about:
-        accuracy.plot([i + 1 for i in measured], [values[i] for i in measured], color=ORANGE,
-                      linewidth=1.1, label=run.accuracy)  # fmt: skip
+    if "result" in run.about and run.measured:
+        epochs, values = zip(*run.measured, strict=True)
+        accuracy.plot(epochs, values, color=ORANGE, linewidth=1.1, label=run.accuracy)
         accuracy.set_title("%")
-    if tested and measured:
-        best = max(measured, key=values.__getitem__)
-        accuracy.plot(best + 1, values[best], "^", color=RED, markersize=4,
-                      label=f"best: {values[best]:.2f} %")  # fmt: skip
-        last = measured[-1]
-        accuracy.plot(last + 1, values[last], "s", color=GREEN, markersize=4,
-                      label=f"last: {values[last]:.2f} %")  # fmt: skip
+    if tested and run.measured:
+        best, last = max(run.measured, key=operator.itemgetter(1)), run.measured[-1]
+        for name, (epoch, value), marker, color in (
+            ("best", best, "^", RED), ("last", last, "s", GREEN),
+        ):  # fmt: skip
+            label = f"{name}: {value:.2f} %"
+            accuracy.plot(epoch, value, marker, color=color, markersize=4, label=label)
     shade(rate, run)
     line(rate, run.column("learning_rate"), None, BLUE)
     rate.set_title("learning rate")
@@ -265,19 +270,17 @@ def curves(run):
 def watched(run):
     """Entropies of alphas and betas, skip_connects, and cost of the derived network."""
     figure, (alpha, beta, skips, cost) = subplots(4, 7.2, 1.9)
-    for axis, name in ((alpha, "alpha_entropy"), (beta, "beta_entropy")):
-        for kind, color in (("normal", BLUE), ("reduce", ORANGE)):
-            line(axis, run.column(f"{name}_{kind}"), KINDS[kind], color)
+    for (kind, title), color in zip(KINDS.items(), (BLUE, ORANGE), strict=True):
+        line(alpha, run.column(f"alpha_entropy_{kind}"), title, color)
+        line(beta, run.column(f"beta_entropy_{kind}"), title, color)
+        line(skips, run.column(f"skip_connects_{kind}"), title, color, drawstyle="steps-mid")
     alpha.set_title("entropy of softmax(alpha)")
     beta.set_title("entropy of softmax(beta)")
-    for kind, color in (("normal", BLUE), ("reduce", ORANGE)):
-        line(skips, run.column(f"skip_connects_{kind}"), KINDS[kind], color, drawstyle="steps-mid")
     skips.set_title("skip_connects")
     skips.yaxis.get_major_locator().set_params(integer=True)
     line(cost, run.column("parameters_m"), "parameters (M)", GREEN)
-    line(
-        cost, [value / 100 for value in run.column("multiply_adds_m")], "multiply-adds (100 M)", RED
-    )
+    hundreds = [value / 100 for value in run.column("multiply_adds_m")]
+    line(cost, hundreds, "multiply-adds (100 M)", RED)
     cost.set_title("derived network")
     cost.set_ylim(0, 1.6 * max(cost.get_ylim()))  # room for the legend
     for axis in (alpha, beta):
@@ -292,35 +295,23 @@ def watched(run):
 
 def alphas(run, kind):
     """Heat maps of softmax(alpha): a row of them per node, one per edge; ops by epochs."""
-    table = [row[f"softmax_alphas_{kind}"] for row in run.cells]  # epochs, edges, ops
-    ops = run.about.get("primitives") or [str(o) for o in range(len(table[0][0]))]
-    steps = steps_of(len(table[0]))
-    values = [value for epoch in table for edge in epoch for value in edge]
-    low, high = min(values), max(values)
+    table = np.array([row[f"softmax_alphas_{kind}"] for row in run.cells])  # epochs, edges, ops
+    ops = run.about.get("primitives") or list(range(table.shape[2]))
+    edges = edges_of(table.shape[1])
+    steps = edges[-1][1] + 1
     height = 0.35 + steps * (0.11 * len(ops) + 0.22)
     figure = drawing.figures().Figure(figsize=(7.2, height), layout="constrained")
     grid = figure.subplots(steps, steps + 1, squeeze=False, sharex=True)
-    drawn, start = None, 0
-    for node in range(steps):
-        for source in range(steps + 1):
-            axis = grid[node][source]
-            if source > node + 1:
-                axis.set_visible(False)
-                continue
-            values = [
-                list(ops_of) for ops_of in zip(*(epoch[start] for epoch in table), strict=True)
-            ]
-            drawn = axis.imshow(
-                values, aspect="auto", interpolation="nearest", vmin=low, vmax=high,
-                extent=(0.5, len(table) + 0.5, len(ops) - 0.5, -0.5),
-            )  # fmt: skip
-            name = drawing.node_names([None] * 2 * steps)[source]
-            axis.set_title(f"{name} to {node}", pad=2)
-            axis.set_yticks(range(len(ops)), ops if source == 0 else [])
-            axis.tick_params(length=1.5)
-            axis.xaxis.get_major_locator().set_params(integer=True, nbins=4)
-            start += 1
-        grid[node][0].tick_params(labelbottom=True)
+    for axis in grid.flat:
+        axis.set_visible(False)
+    for edge, (source, node, name) in enumerate(edges):
+        axis = grid[node][source]
+        axis.set_visible(True)
+        drawn = heat_map(axis, table[:, edge].T, vmin=table.min(), vmax=table.max())
+        axis.set_title(name, pad=2)
+        axis.set_yticks(range(len(ops)), ops if source == 0 else [])
+        axis.tick_params(length=1.5, labelbottom=node == steps - 1 or source == 0)
+        axis.xaxis.get_major_locator().set_params(nbins=4)
     for axis in grid[-1]:
         axis.set_xlabel("epoch")
     figure.colorbar(drawn, ax=grid, shrink=0.5, pad=0.01)
@@ -331,32 +322,33 @@ def betas(run):
     """Heat maps of softmax(beta), one per cell kind: edges, parted by node, by epochs."""
     figure, axes = subplots(2, 7.2, 2.4)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        table = [row[f"softmax_betas_{kind}"] for row in run.cells]
-        steps = steps_of(len(table[0]))
-        names = drawing.node_names([None] * 2 * steps)
-        labels = [f"{names[s]} to {node}" for node in range(steps) for s in range(node + 2)]
-        among = [node + 2 for node in range(steps) for _ in range(node + 2)]  # edges to its node
-        drawn = axis.imshow(
-            [[n * p for p in epochs] for n, *epochs in zip(among, *table, strict=True)],
-            extent=(0.5, len(table) + 0.5, len(labels) - 0.5, -0.5), aspect="auto",
-            interpolation="nearest",
-        )  # fmt: skip
-        axis.set_yticks(range(len(labels)), labels, fontsize=5)
-        for node in range(1, steps):
-            axis.axhline(sum(n + 2 for n in range(node)) - 0.5, color="white", linewidth=1.5)
+        table = np.array([row[f"softmax_betas_{kind}"] for row in run.cells])  # epochs, edges
+        edges = edges_of(table.shape[1])
+        among = np.array([node + 2 for _, node, _ in edges])  # edges to its node
+        drawn = heat_map(axis, (table * among).T)
+        axis.set_yticks(range(len(edges)), [name for *_, name in edges], fontsize=5)
+        for edge, (source, _, _) in enumerate(edges):
+            if source == 0 and edge:
+                axis.axhline(edge - 0.5, color="white", linewidth=1.5)
         axis.set_title(title)
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(drawn, ax=axis, pad=0.01)
     return figure
 
 
-def steps_of(edges):
-    """Nodes of a cell with so many edges: 2 + 3 + ... of them."""
-    steps = 1
-    while steps * (steps + 3) // 2 < edges:
-        steps += 1
-    return steps
+def heat_map(axis, values, **limits):
+    """values: (rows, epochs)."""
+    rows, epochs = values.shape
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    extent = 0.5, epochs + 0.5, rows - 0.5, -0.5
+    return axis.imshow(values, aspect="auto", interpolation="nearest", extent=extent, **limits)
+
+
+def edges_of(n):
+    """[(source, node, name)] of a cell's n edges, as alphas have them: 2 to node 0, 3 to node 1."""
+    pairs = [(source, node) for node in range(n) for source in range(node + 2)][:n]
+    names = drawing.node_names([None] * 2 * n)
+    return [(source, node, f"{names[source]} to {node}") for source, node in pairs]
 
 
 def animate(run, path):
@@ -370,11 +362,7 @@ def animate(run, path):
         genotype = genotypes.from_json(json.dumps(row))
         text = genotypes.text(genotype)
         if text not in places:
-            both = (
-                (genotype.normal, genotype.normal_concat),
-                (genotype.reduce, genotype.reduce_concat),
-            )
-            places[text] = [drawing.layout(*cell) for cell in both]
+            places[text] = [drawing.layout(*cell) for cell in drawing.cells(genotype).values()]
         frames.append((row["epoch"], genotype, places[text]))
     width = max(cell.size[0] for _, _, both in frames for cell in both)
     heights = [max(both[i].size[1] for _, _, both in frames) for i in (0, 1)]
@@ -395,13 +383,8 @@ def animate(run, path):
         figure.savefig(buffer, dpi=160)
         images.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE))
     times = [500] * (len(images) - 1) + [3000]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with drawing.writing(path):
         images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0)
-    except OSError as error:
-        raise utils.UserError(
-            f"cannot write {path} ({error.strerror}): give another --out"
-        ) from None
     return path
 
 
@@ -427,50 +410,56 @@ def mean(values, digits=2):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(runs):
-    """Markdown: a row per group of runs, the searches apart from the trainings."""
-    lines = []
-    for is_search in (True, False):
-        some = [group for group in groups(runs) if group[0].is_search == is_search]
-        if not some:
-            continue
-        last = "supernet, training, last epoch" if is_search else "last epoch"
-        head = ["run", "runs", "epochs", f"{last} (%)"]
-        head += ["skip_connects (normal)"] if is_search else ["best epoch (%)"]
-        head += ["parameters (M)", "time", "peak memory (MiB)", "device"]
-        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for group in some:
-            values = [run.column(group[0].accuracy) for run in group]
-            done = sorted({f"{len(run.rows)} of {run.epochs}" for run in group})
-            whole = all(len(run.rows) == run.epochs for run in group)
-            cells = [group[0].about["args"].get("save", ""), len(group)]
-            cells += [group[0].epochs if whole else ", ".join(done)]
-            cells += [mean([value[-1] for value in values if value])]
-            if is_search:
-                cells.append(
-                    mean([run.column("skip_connects_normal")[-1] for run in group if run.rows], 1)
-                )
-            else:
-                cells.append(mean([max(value) for value in values if value]))
-            sizes = [run.column("parameters_m") or [run.about.get("parameters_m")] for run in group]
-            cells.append(mean([size[-1] for size in sizes if size[-1] is not None]))
-            seconds = [sum(run.column("seconds")) for run in group if run.rows]
-            cells.append(utils.duration(statistics.mean(seconds)) if seconds else "–")
-            memory = [max(run.column("memory_mib")) for run in group if run.rows]
-            cells.append(f"{max(memory):.0f}" if memory else "–")
-            cells.append(", ".join(sorted({str(run.about.get("device")) for run in group})))
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines.append("")
-    return "\n".join(lines).strip()
+def tables(runs):
+    """A table of the searches and one of the trainings: a row, a dict, per group of runs."""
+    rows = [(group[0].is_search, summary(group)) for group in groups(runs)]
+    both = ([row for is_search, row in rows if is_search == kind] for kind in (True, False))
+    return [table for table in both if table]
+
+
+def summary(group):
+    """{column: text} of runs that differ in their seed alone."""
+    first, begun = group[0], [run for run in group if run.rows]
+    results = [run.column(first.accuracy) for run in begun if run.column(first.accuracy)]
+    sizes = [run.column("parameters_m") or [run.about.get("parameters_m")] for run in group]
+    seconds = [sum(run.column("seconds")) for run in begun]
+    memory = [max(run.column("memory_mib")) for run in begun]
+    done = sorted({f"{len(run.rows)} of {run.epochs}" for run in group})
+    whole = all(len(run.rows) == run.epochs for run in group)
+    row = {
+        "run": first.about["args"].get("save", ""),
+        "runs": len(group),
+        "epochs": first.epochs if whole else ", ".join(done),
+    }
+    last = mean([values[-1] for values in results])
+    if first.is_search:
+        row["supernet, training, last epoch (%)"] = last
+        skips = [run.column("skip_connects_normal")[-1] for run in begun]
+        row["skip_connects (normal)"] = mean(skips, 1)
+    else:
+        row["last epoch (%)"] = last
+        row["best epoch (%)"] = mean([max(values) for values in results])
+    return row | {
+        "parameters (M)": mean([size[-1] for size in sizes if size[-1] is not None]),
+        "time": utils.duration(statistics.mean(seconds)) if seconds else "–",
+        "peak memory (MiB)": f"{max(memory):.0f}" if memory else "–",
+        "device": ", ".join(sorted({str(run.about.get("device")) for run in group})),
+    }
+
+
+def markdown(rows):
+    """A table of rows, dicts of the same columns."""
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else value for value in row.values()]
+        lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def compare(runs, path):
     """Writes comparison.html, the table and all curves on one axis; returns its path."""
     parts = ["<h1>Comparison</h1>"]
-    for part in table(runs).split("\n\n"):
-        rows = [row.strip("| ").split(" | ") for row in part.splitlines() if "|---" not in row]
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
+    parts += [html_table([rows[0], *map(dict.values, rows)]) for rows in tables(runs)]
     figure, (loss, accuracy) = subplots(2, 7.2, 3)
     colours = [*drawing.COLOURS.values(), *drawing.OTHERS]
     styles = ("-", "--", ":", "-.")

@@ -246,7 +246,7 @@ def test_comparisons(tmp_path):
     folders.append(a_training(tmp_path / "c", [90.0], of=2, save="other"))
     folders.append(a_search(tmp_path / "s", 4))
     runs = [report.read(folder) for folder in folders]
-    text = report.table(runs)
+    text = "\n\n".join(map(report.markdown, report.tables(runs)))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     last, best = ([70.0, 74.0], [70.0, 75.0])
     expected = [
