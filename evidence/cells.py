@@ -102,15 +102,16 @@ def every(folder, root, n):
     for half in ("train", "test"):
         if not (folder / half).is_dir():
             raise utils.UserError(f"{folder} has no {half} folder: give the data of the set")
-        for name in data.class_names(folder / half):
-            links = subset / half / name
+        classes = data.class_names(folder / half)
+        samples = sorted(data.image_files(folder / half, classes))  # by class, then by name
+        for label, of_class in itertools.groupby(samples, key=lambda sample: sample[1]):
+            links = subset / half / classes[label]
             links.mkdir(parents=True, exist_ok=True)
-            paths = sorted(path for path, _ in data.image_files(folder / half / name, ["."]))
-            for path in map(Path, paths[::n]):
-                link = links / path.name
+            for path, _ in itertools.islice(of_class, 0, None, n):
+                link = links / Path(path).name
                 if not link.exists():
                     link.unlink(missing_ok=True)  # to an image that has moved
-                    link.symlink_to(path.resolve())
+                    link.symlink_to(Path(path).resolve())
     return subset
 
 
