@@ -1,6 +1,6 @@
 """What the cells of the published search are worth: against published and random cells, alike.
 
-    python -m evidence.cells --data DIR                        # as published, on one GPU: weeks
+    python -m evidence.cells --data DIR                        # as published: weeks on one GPU
     python -m evidence.cells --init_channels 16 --layers 8 --epochs 12         # small trainings
     python -m evidence.cells --search_run search-EXP-20260101-120000   # of a search that is done
 
@@ -8,7 +8,8 @@ Searches --searches cells with train_search.py's defaults (the published setting
 of them and the other --cells with train.py, --seeds times. In the published size, 36 channels, 20
 cells, 600 epochs, with the published recipe: batch 96, cutout, auxiliary head, drop path up to 0.3.
 In any other size with cutout, without auxiliary head and drop path. Stopped, it goes on where it
-was when called again. Writes results.md, results.csv and searches.csv into --root.
+was when called again with the same flags; --seeds, --searches and --cells may grow. Writes
+results.md, results.csv and, where it searched, searches.csv into --root.
 """
 
 import csv
@@ -203,7 +204,8 @@ def write(root, names, searches, trained):
     text = "\n\n".join(parts) + "\n"
     files.write(root / "results.md", text.encode())
     files.write(root / "results.csv", as_csv(cells))
-    files.write(root / "searches.csv", as_csv(found))
+    if found:
+        files.write(root / "searches.csv", as_csv(found))
     return text
 
 
@@ -222,9 +224,8 @@ def as_csv(rows):
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
-    if rows:
-        writer.writeheader()
-        writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 
