@@ -19,9 +19,9 @@ SEARCH = $$(ls -d $(RUNS)/search-demo-* | tail -n 1)
 TRAIN = $$(ls -d $(RUNS)/eval-demo-* | tail -n 1)
 
 # Of the published sizes an estimate, from published figures alone: 4 searches of 0.1 GPU days (Xu et
-# al., 2020, table 1, GTX 1080 Ti) and 18 trainings of 600 epochs of 1.5 (Liu et al., 2019, appendix
-# A.2.1, one GPU): 27 GPU days. Nothing of it was measured with this code.
-EVIDENCE_COST = an estimate from published figures: 4 searches of 0.1 GPU days, 18 trainings of 1.5
+# al., 2020, table 1) and 18 trainings of 600 epochs, each 1.5 (Liu et al., 2019, appendix A.2.1), both
+# on a GTX 1080 Ti: 27 GPU days. Nothing of it was measured with this code.
+EVIDENCE_COST = estimated from published figures, GTX 1080 Ti: 4 searches of 0.1, 18 trainings of 1.5
 EVIDENCE_FLAGS ?= --set cifar10 --searches 4 --seeds 2 --epochs 600 --init_channels 36 --layers 20
 
 .PHONY: demo test lint slow evidence clean

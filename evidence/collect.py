@@ -2,8 +2,9 @@
 
     python -m evidence.collect runs/cells/search-found-0-20260101-120000 evidence/NAME
 
-Of args.json the data's path becomes DIR, any other path its last name. The pictures are those of
-visualize.py --format and need matplotlib (pip install -r requirements-viz.txt); --format none: none.
+Of args.json the data's path becomes DIR, any other path its last name. The pictures, of which
+--format none draws none, are those of visualize.py --format and need matplotlib (pip install -r
+requirements-viz.txt).
 """
 
 import json
