@@ -174,10 +174,13 @@ def write(root, names, searches, trained):
     found = [of_search(name, folder) for name, folder in searches.items()]
     cells = [of_cell(name, folders) for name, folders in trained.items()]
     parts = ["# What a cell is worth"]
+    alike = {}  # the same line once for all that were run so
     for what, folders in (("Searches", searches.values()), *trained.items()):
         for about in map(files.read_args, list(folders)[:1]):
             versions = f"torch {about['torch']}, commit {about.get('commit') or 'unknown'}"
-            parts.append(f"{what}: `{command(about)}`, {about['device']}, {versions}.")
+            line = f"`{command(about)}`, {about['device']}, {versions}"
+            alike.setdefault(line, []).append(what)
+    parts += [f"{', '.join(names_of)}: {line}." for line, names_of in alike.items()]
     if found:
         header = ["search", "seed", "epochs", "hours in steps", "skip_connects normal, reduction"]
         header += ["entropy of alphas normal, reduction", "of betas", "the cell settled in epoch"]

@@ -237,13 +237,14 @@ def run_of(folder, top1, seconds, **args):
 
 def test_the_last_epoch_counts_and_runs_have_a_deviation(tmp_path):
     runs = [run_of(tmp_path / name, [99, end], 1800) for name, end in (("a", 97), ("b", 96))]
-    text = cells.write(tmp_path, ["PC_DARTS_cifar"], {}, {"PC_DARTS_cifar": runs})
+    text = cells.write(tmp_path, ["PC_DARTS_cifar"], {}, {"PC_DARTS_cifar": runs, "one": runs[:1]})
     row = (
         "| PC_DARTS_cifar | 96.50 ± 0.71 (2 runs) | 3.50 ± 0.71 (2 runs) | 3.630 | 556.7 | 1.000 |"
     )
     assert row in text
-    assert "`train.py --cutout`, a device, torch 2, commit unknown." in text
-    [line] = read_csv(tmp_path / "results.csv")
+    assert "| one | 97.00 (1 run) |" in text
+    assert "PC_DARTS_cifar, one: `train.py --cutout`, a device, torch 2, commit unknown." in text
+    line, _ = read_csv(tmp_path / "results.csv")
     assert line["test_accuracies"] == "97.00 96.00" and float(line["hours"]) == 1
 
 
