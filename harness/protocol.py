@@ -4,6 +4,9 @@ The scripts under evidence/ list the commands and read the figures off the folde
 """
 
 import csv
+import glob
+import itertools
+import os
 import shlex
 import signal
 import statistics
@@ -11,9 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import files
+from harness.flags import FREE as FREE_NAMES
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
+FREE = tuple(f"--{name}" for name in FREE_NAMES)
 
 
 def run(kind, name, root, script, *flags):
@@ -21,13 +27,16 @@ def run(kind, name, root, script, *flags):
 
     kind: "search" or "eval", as the script names its folders. A run is finished when it has its
     weights. Stopped by a signal, it leaves with the script's exit code; call again to go on.
+    Raises UserError where the script says that it cannot, and where the run was begun with other
+    flags: those that a run may be given anew, such as --data and --device, do not count.
     """
-    begun = sorted(Path(root).glob(f"{kind}-{name}-*"))
-    begun = [folder for folder in begun if (folder / "args.json").exists()]
-    if begun and (begun[-1] / "weights.pt").exists():
-        return begun[-1]
-    if begun and (begun[-1] / "checkpoint.pt").exists():
-        flags = ["--resume", begun[-1]]
+    folder = begun(kind, name, root)
+    if folder is not None:
+        _check_begun(folder, script, flags)
+        if (folder / "weights.pt").exists():
+            return folder
+        anew = ((flag, *words) for flag, words in _by_flag(flags).items() if flag in FREE)
+        flags = ["--resume", folder, *itertools.chain(*anew)]
     else:
         flags = [*flags, "--save", Path(root) / name]
     command = [sys.executable, ROOT / script, *flags]
@@ -38,12 +47,50 @@ def run(kind, name, root, script, *flags):
         code = process.wait()
     except KeyboardInterrupt:  # the script has had it, too, and saves
         code = process.wait() or 130
-    signal.signal(signal.SIGTERM, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         if code == 2:  # the script has said what is wrong
             raise UserError(f"{script} of {name} stopped; the line above says why")
         sys.exit(code if code > 0 else 128 - code)
-    return sorted(Path(root).glob(f"{kind}-{name}-*"))[-1]
+    return begun(kind, name, root)
+
+
+def begun(kind, name, root):
+    """The latest folder ROOT/KIND-NAME-DATE that a script has begun to fill, or None."""
+    date = f"{'[0-9]' * 8}-{'[0-9]' * 6}*"  # so that run "a" is not taken for "a-b"
+    folders = sorted(Path(root).glob(f"{kind}-{glob.escape(name)}-{date}"))
+    return next((each for each in folders[::-1] if (each / "args.json").exists()), None)
+
+
+def _check_begun(folder, script, flags):
+    """Raises UserError where the run in the folder is of another script or has other flags."""
+    about = files.read_args(folder)
+    hint = "give another --root, or the flags it was begun with"
+    if about.get("script") != Path(script).stem:
+        raise UserError(f"{folder} is a run of {about.get('script')}.py, not {script}: {hint}")
+    then, now = _by_flag(about["command"][1:]), _by_flag(flags)
+    for flag in sorted({*then, *now} - {"--save", *FREE}):
+        # A path is the same however it is written; of other words this changes nothing.
+        one, other = ([*map(os.path.realpath, d[flag])] if flag in d else None for d in (then, now))
+        if one != other:
+            old, new = (" ".join([flag, *d[flag]]) if flag in d else "" for d in (then, now))
+            raise UserError(
+                f"{folder} was begun {f'with {old}' if old else f'without {flag}'}, now it is "
+                f"{f'{new}' if new else 'left out'}: {hint}"
+            )
+
+
+def _by_flag(words):
+    """{"--flag": [its words]} of a command line; of a flag that is given twice the last counts."""
+    found, flag = {}, None
+    for word in map(str, words):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found[flag] = [value] if equals else []
+        else:
+            found[flag].append(word)
+    return found
 
 
 def rows(folder):
@@ -53,7 +100,7 @@ def rows(folder):
 
 
 def mean(figures, digits=2):
-    """ "MEAN ± STD (N runs)"; of one run, the figure and no deviation."""
+    """The text MEAN ± STD (N runs), of one run the figure alone; STD divides by N - 1."""
     text = f"{statistics.mean(figures):.{digits}f}"
     if len(figures) > 1:
         text += f" ± {statistics.stdev(figures):.{digits}f}"
