@@ -40,12 +40,28 @@ class Cell(nn.Module):
 
         A reduction cell halves H and W. drop_path_prob: in training, of each op but an Identity.
         """
+        drops = self.training and drop_path_prob > 0
+        return self.compute(s0, s1, self.drop_path(s1, drop_path_prob) if drops else None)
+
+    def compute(self, s0, s1, factors=None):
+        """As forward; factors: of each op's output, as `drop_path` draws them, or None."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for i in range(0, len(self._ops), 2):
-            first = self._edge(i, states, drop_path_prob)
-            second = self._edge(i + 1, states, drop_path_prob)
+            first = self._edge(i, states, factors)
+            second = self._edge(i + 1, states, factors)
             states.append(first + second)
         return torch.cat([states[node] for node in self._concat], dim=1)
+
+    def drop_path(self, x, drop_path_prob):
+        """Of each op a factor (N, 1, 1, 1) of the type of x (N, C, H, W): 0, or 1 / keep.
+
+        None for an Identity, which is never dropped: a way through the cell stays.
+        """
+        return [
+            None if isinstance(op, Identity)
+            else stochastic_depth(x.new_ones(len(x), 1, 1, 1), drop_path_prob, "row")
+            for op in self._ops
+        ]  # fmt: skip
 
     def leaves_out_nodes(self):
         """Whether no path leads from some node or input to the output."""
@@ -55,12 +71,9 @@ class Cell(nn.Module):
                 read.add(self._inputs[i])
         return len(read) < 2 + len(self._inputs) // 2
 
-    def _edge(self, i, states, drop_path_prob):
-        op = self._ops[i]
-        out = op(states[self._inputs[i]])
-        if isinstance(op, Identity):  # never dropped: a way through the cell stays
-            return out
-        return stochastic_depth(out, drop_path_prob, "row", self.training)
+    def _edge(self, i, states, factors):
+        out = self._ops[i](states[self._inputs[i]])
+        return out if factors is None or factors[i] is None else out * factors[i]
 
 
 class AuxiliaryHead(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import utils
-from harness import costs, data, files, flags, loops, script, trainings
+from harness import costs, data, files, flags, loops, script, trainings, tuning
 from harness.runs import Run, load_genotype
 from model import build
 
@@ -55,6 +55,7 @@ def main(args):
         )  # fmt: skip
         costs.check_size(model, size)
     model.to(device)
+    layout = tuning.choose_layout(model, (args.batch_size, size), args, device)
     optimizer = torch.optim.SGD(
         model.parameters(),
         args.learning_rate,
@@ -65,7 +66,7 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
-    about["parameters_m"] = utils.count_parameters_in_MB(model)
+    about |= dict(parameters_m=utils.count_parameters_in_MB(model), **layout)
     run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
@@ -78,6 +79,9 @@ def main(args):
     trainings.introduce(run, model, genotype)
     log.info("images of a class: %d to %d in training", *data.counts(dataset.train))
     flags.advise(log, args, 96, 0.025)
+    tuning.introduce(log, layout)
+    if args.compile:
+        tuning.compile_cells(model, (args.batch_size, size), args, device, log)
 
     for epoch in range(run.epoch, args.epochs):
         model.drop_path_prob = args.drop_path_prob * epoch / args.epochs

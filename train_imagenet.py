@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import utils
-from harness import costs, distributed, files, flags, imagenet, loops, script, trainings
+from harness import costs, distributed, files, flags, imagenet, loops, script, trainings, tuning
 from harness.distributed import is_main
 from harness.runs import Run, load_genotype
 from model import NetworkImageNet
@@ -60,6 +60,8 @@ def main(args):
     network.to(device)
     if args.sync_bn:
         network = distributed.synchronized(network, device)
+    images = distributed.part(args.batch_size), args.input_size
+    layout = tuning.choose_layout(network, images, args, device)
     model = distributed.wrap(network, device, args)
     criterion = nn.CrossEntropyLoss()
     smooth = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
@@ -71,7 +73,7 @@ def main(args):
     )
 
     about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
-    about["parameters_m"] = utils.count_parameters_in_MB(network)
+    about |= dict(parameters_m=utils.count_parameters_in_MB(network), **layout)
     parts = {"model": network, "optimizer": optimizer, "loader": train}
     run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
@@ -85,6 +87,9 @@ def main(args):
     more += " (with batch norms, ReLUs and pools)"
     trainings.introduce(run, network, genotype, more % tuple(macs))
     flags.advise(log, args, 1024, 0.5)
+    tuning.introduce(log, layout)
+    if args.compile:
+        tuning.compile_cells(network, images, args, device, log)
 
     for epoch in range(run.epoch, args.epochs):
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs

@@ -64,6 +64,11 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def part(images):
+    """How many of the images of a whole step this process takes."""
+    return len(range(rank(), images, world_size()))
+
+
 def is_main():
     """Whether this process is the one that writes and speaks."""
     return rank() == 0

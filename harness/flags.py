@@ -130,6 +130,13 @@ def add_training_arguments(parser, weight_decay, drop_path_prob):
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
     add("--auxiliary_weight", type=non_negative, default=0.4, help="of its loss")
     add("--drop_path_prob", type=fraction, default=drop_path_prob, help="at the end; grows from 0")
+    add("--compile", action="store_true",
+        help="torch.compile of the cells in training: minutes first, faster steps then, other "
+        "rounding; needs a C++ compiler, on a GPU Triton")  # fmt: skip
+    layouts = ["auto", "contiguous", "channels_last"]
+    add("--layout", default="auto", choices=layouts,
+        help="memory format of all maps; auto: channels_last on a CPU, on a GPU the faster of both "
+        "in a few steps before the first")  # fmt: skip
 
 
 def add_cutout_arguments(parser):
@@ -219,6 +226,8 @@ def _agreeing(args):
         raise UserError(f"--learning_rate_min {low} is above --learning_rate {high}: lower it")
     if getattr(args, "plain", False) and args.recompute:
         raise UserError("--recompute is of the fast form: leave it out, or leave out --plain")
+    if getattr(args, "compile", False) and getattr(args, "sync_bn", False):
+        raise UserError("--compile has no --sync_bn: leave one of them out")
     if args.report or args.tensorboard:
         need("--report" if args.report else "--tensorboard", ["matplotlib"])
     if args.tensorboard:
