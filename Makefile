@@ -2,6 +2,7 @@
 # make test   lint, then the tests
 # make lint   lint alone
 # make slow   the tests that take long
+# make gpu    all that needs a CUDA GPU: tests, benchmark, a short search; gpu-report.md
 # make clean  remove the virtual environment and the caches; runs stay
 #
 # The first of them makes a virtual environment in .venv with all that is needed in it.
@@ -17,7 +18,7 @@ TRAIN_FLAGS ?= --set digits --layers 8 --init_channels 16 --epochs 20 --batch_si
 SEARCH = $$(ls -d $(RUNS)/search-demo-* | tail -n 1)
 TRAIN = $$(ls -d $(RUNS)/eval-demo-* | tail -n 1)
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow gpu clean
 
 demo: $(READY)
 	$(BIN)/python train_search.py --save $(RUNS)/demo $(SEARCH_FLAGS)
@@ -36,6 +37,9 @@ lint: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+gpu: $(READY)  # docs/gpu.md
+	$(BIN)/python tests/gpu.py gpu-report.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from harness import distributed, loops
 from harness.flags import FORMS
 from model_search import Network
 
-MEASURED_ON = ("cuda",)
+MEASURED_ON = GRAPHS_ON = ("cuda",)
 ROUNDS = 3  # timed steps
 
 
@@ -64,7 +64,7 @@ def measure(model, args, device, shape):
     names = [name for name, (fast, _) in FORMS.items() if not (fast and without)]
     if args.recompute:
         names = [name for name in names if name.startswith("fused")]
-    graphs = device.type == "cuda" and not args.no_cuda_graph
+    graphs = device.type in GRAPHS_ON and not args.no_cuda_graph
     graphs = graphs and not getattr(args, "sync_bn", False)  # see fused.Gradients
     times, failed = {}, {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -124,7 +124,7 @@ class Steps:
         n, side = shape
         self.model, self.args = model.train(), args
         self.weights = model.weights()
-        self.x = torch.randn(n, 3, side, side, device=device)
+        self.x = torch.randn(n, 3, side, side, device=device, dtype=model.classifier.weight.dtype)
         self.x = self.x.contiguous(memory_format=torch.channels_last)  # as the loaders have them
         self.y = torch.randint(model.classifier.out_features, (n,), device=device)
         self.optimizer = torch.optim.SGD(self.weights, 0.0, 0.9, weight_decay=args.weight_decay)
