@@ -28,7 +28,7 @@ def choose(model, args, device, shape):
     this process. Where --form is "auto" it sets args.form, and where a step without graphs is the
     faster one args.no_cuda_graph: both stand in args.json then, so that a resumed run keeps them.
     The main process decides for all. Weights and random numbers stay as they are.
-    Raises torch.OutOfMemoryError where no form fits in memory.
+    Raises torch.cuda.OutOfMemoryError where no form fits in memory.
     """
     line = None
     if args.form == "auto":
@@ -91,7 +91,7 @@ def _named(key, graphs):
 
 
 def _short(error):
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
 
@@ -107,7 +107,7 @@ def _time(name, model, args, device, shape, graphs, times, failed):
                 times[name, True] = seconds(steps, device)
             else:
                 failed[name, True] = RuntimeError(steps.reason)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         return error.with_traceback(None)  # which holds the copy
     except RuntimeError as error:  # of a kernel that this GPU or cuDNN does not have
         return error.with_traceback(None)

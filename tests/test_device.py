@@ -3,6 +3,7 @@
 `make gpu` runs these. On the CPU a stand-in takes the place of a CUDA graph.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -12,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +27,7 @@ from architect import Architect
 from fused import Gradients
 from harness import costs, distributed, flags, forms, loops, runs
 from helpers import ROOT
-from model_search import Network
+from model_search import SAMPLINGS, Network
 from test_architect import CASES, NAMES
 from test_distributed import in_processes
 
@@ -205,9 +207,15 @@ def test_golden_figures(case, form, captured, dtype, device, record_property):
 # Gradients against the CPU, in the paper's form
 
 
-@ON_BOTH
-@pytest.mark.parametrize("form", flags.FORMS)
-@pytest.mark.parametrize("sampling", ["shuffle", "shift", "random"])
+@pytest.mark.parametrize(
+    ("form", "sampling", "device"),
+    [("fused-contiguous", sampling, "cpu") for sampling in SAMPLINGS]
+    + [
+        pytest.param(form, sampling, "cuda", marks=GPU)
+        for form in flags.FORMS
+        for sampling in SAMPLINGS
+    ],
+)
 def test_all_gradients_are_those_of_the_plain_form_on_the_cpu(
     form, sampling, device, record_property
 ):
@@ -310,10 +318,14 @@ VARIANTS = {
     "amp": dict(amp=True),
     "amp, recompute": dict(amp=True, recompute=True),
 }
+SOME = ("plain", "second order, random, contiguous", "amp, recompute")  # enough of a stand-in
 
 
-@ON_BOTH
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "device"),
+    [(variant, "cpu") for variant in SOME]
+    + [pytest.param(variant, "cuda", marks=GPU) for variant in VARIANTS],
+)
 def test_a_captured_search_is_the_other(variant, device, record_property):
     """Also after batches of another size, an evaluation, and weights that were loaded."""
     ends, kept = [], None
@@ -321,19 +333,19 @@ def test_a_captured_search_is_the_other(variant, device, record_property):
         search = Search(captured, device, **VARIANTS[variant])
         search.steps(4, 4)
         kept = search.state()
-        search.steps(4, 4, 4, 2, 4)
+        search.steps(4, 4, 2, 4)
         search.evaluate()
-        search.steps(4, 3)
+        search.steps(4)
         search.resume(kept)
-        search.steps(4, 4)
+        search.steps(4)
         ends.append(search.end())
         for gradients in (search.gradients, search.architect.gradients):
             assert gradients.reason is None
             assert (gradients.captures > 0) == captured
-    # bfloat16 rounds, and on a GPU in another order each time: twelve steps drift apart
+    # bfloat16 rounds, and on a GPU in another order each time: steps drift apart
     tolerance = 1e-7 if not VARIANTS[variant].get("amp") else {"cpu": 1e-5, "cuda": 0.2}[device]
     errors = [near(a, b, tolerance, i) for i, (b, a) in enumerate(zip(*ends, strict=True))]
-    record_property("largest relative difference after 11 steps", f"{max(errors):.1e}")
+    record_property("largest relative difference after 8 steps", f"{max(errors):.1e}")
 
 
 @ON_BOTH
@@ -380,6 +392,90 @@ def test_a_capture_that_fails_leaves_the_stream_and_goes_on(said):
     near(loss, network._loss(x, y), 1e-9)
     assert "no CUDA graph" in said.text and not gradients.graphs
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+class Cuda:
+    """In the place of torch.cuda: notes what is asked of it, on the CPU."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.calls, self.now, self.fails = [], "main", fails
+        for name in ("Stream", "stream", "current_stream", "set_stream", "device", "CUDAGraph",
+                     "graph"):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device):
+        self.calls.append(f"stream on {device}")
+        return SimpleNamespace(name="side", wait_stream=lambda other: self.wait("side", other))
+
+    def wait(self, mine, other):
+        self.calls.append(f"{mine} waits for {getattr(other, 'name', other)}")
+
+    def current_stream(self, device=None):
+        return SimpleNamespace(name=self.now, wait_stream=lambda other: self.wait(self.now, other))
+
+    def set_stream(self, stream):
+        self.now = stream.name
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, stream.name
+        yield
+        self.now = before
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.calls.append(f"on {device}")
+        yield
+
+    def CUDAGraph(self):
+        return SimpleNamespace(pool=lambda: "pool", replay=lambda: self.calls.append("replay"))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        signature(TORCH_GRAPH).bind(graph, pool=pool, stream=stream,
+                                    capture_error_mode=capture_error_mode)  # fmt: skip
+        self.calls.append(f"capture on {stream.name}, {capture_error_mode}, pool {pool}")
+        self.now = stream.name
+        yield
+        if self.fails:  # as torch 2.14 does it: the stream stays
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.now = "main"
+
+
+TORCH_GRAPH = torch.cuda.graph
+
+
+class OnCuda(Gradients):
+    """The real warm-up and capture; nothing is replayed, and the comparison is left out."""
+
+    def graphed(self, input):
+        return self.graphs
+
+    def _checked(self, wanted, input, target):
+        return self._capture(wanted, input, target)
+
+
+def test_what_is_asked_of_cuda(monkeypatch):
+    """Warm-up and capture on one stream of the input's device, and one pool for all graphs."""
+    cuda, network = Cuda(monkeypatch), supernet()
+    gradients = OnCuda(network, nn.CrossEntropyLoss())
+    for n in (4, 4, 4, 4, 2, 2, 2, 2):
+        gradients(network.arch_parameters(), *batch(n))
+    warm_up = ["side waits for main", "main waits for side"] * 3
+    capture = "capture on side, thread_local, pool"
+    assert cuda.calls == [
+        "stream on cpu", *warm_up, "on cpu", f"{capture} None", "replay",
+        *warm_up, "on cpu", f"{capture} pool", "replay",
+    ]  # fmt: skip
+
+
+def test_a_capture_that_fails_at_its_end_gives_the_stream_back(monkeypatch, said):
+    cuda, network = Cuda(monkeypatch, fails=True), supernet()
+    gradients = OnCuda(network, nn.CrossEntropyLoss())
+    for _ in range(5):
+        gradients(network.arch_parameters(), *batch(4))
+    assert cuda.now == "main" and not gradients.graphs
+    assert "no CUDA graph (operation failed due to a previous error" in said.text
 
 
 # The first replay is compared
@@ -494,11 +590,11 @@ def test_a_graph_that_lies_is_found(what, form, dtype, said):
     assert "going on without" in line
 
 
-@pytest.mark.parametrize("form", ["fused", "plain"])
+@pytest.mark.parametrize("form", ["fused"])
 def test_an_honest_graph_is_taken_once_it_was_compared(form, said):
     network = supernet(form)
     gradients = Replayed(network, nn.CrossEntropyLoss())
-    for n in (4, 4, 4, 4, 4, 3, 4, 3, 3, 3, 3):
+    for n in (4, 4, 4, 4, 3, 4, 3, 3, 3):
         state, before = bits(network), numbers()
         calls = gradients.captures
         x, y = batch(n)
@@ -543,7 +639,7 @@ def test_no_memory_for_the_comparison_means_no_graph(said):
 
         def full(self, *batch):
             del self._compute  # once
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     network = supernet()
     gradients, state = Full(network, nn.CrossEntropyLoss()), None
@@ -562,7 +658,7 @@ DIGITS += "--input_size 8 --steps 2 --k 2"
 CPU = torch.device("cpu")
 
 
-def clock(monkeypatch, times):
+def clock(monkeypatch, times, moving=True):
     """Forms are tried on the CPU, and this is what they take; an exception is what they end by."""
     tried = []
 
@@ -570,7 +666,8 @@ def clock(monkeypatch, times):
         name = next(n for n, form in flags.FORMS.items()
                     if form == (steps.model.fused, steps.model.layout))  # fmt: skip
         tried.append(name)
-        steps()
+        if moving:
+            steps()
         if isinstance(times[name], Exception):
             raise times[name]
         return times[name]
@@ -583,28 +680,27 @@ def clock(monkeypatch, times):
 TIMES = {"fused": 3.0, "fused-contiguous": 2.0, "plain": 1.0, "plain-contiguous": 4.0}
 
 
-def choice(monkeypatch, times, **more):
+def choice(monkeypatch, times, moving=False, **more):
     args = SimpleNamespace(**vars(ARGS) | more)
     model = supernet(recompute=args.recompute)
-    tried = clock(monkeypatch, TIMES | times)
+    tried = clock(monkeypatch, TIMES | times, moving)
     model, line = forms.choose(model, args, CPU, (4, 8))
     return model, args, line, tried
 
 
-@pytest.mark.parametrize("times", [{}, {"fused": 0.5}, {"plain": 9.0}, {"plain-contiguous": 0.1}])
+@pytest.mark.parametrize("times", [{}, {"plain": 9.0}])
 def test_the_fastest_form_is_taken_as_if_nothing_had_been_tried(times, monkeypatch):
-    before = bits(supernet())
-    supernet()
+    before = supernet().state_dict()
     random.seed(1), np.random.seed(1)
     state = numbers()
-    model, args, line, tried = choice(monkeypatch, times)
+    model, args, line, tried = choice(monkeypatch, times, moving=True)
     fastest = min(TIMES | times, key=(TIMES | times).get)
     assert args.form == fastest and tried == list(TIMES) and not args.no_cuda_graph
     assert (model.fused, model.layout) == flags.FORMS[fastest]
     assert numbers() == state
-    names = supernet().state_dict()
-    assert list(model.state_dict()) == list(names)
-    assert all(map(torch.equal, model.state_dict().values(), before))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
     assert model.training and all(weight.grad is None for weight in model.weights())
     for name, value in (TIMES | times).items():
         assert f"{name} {1e3 * value:.1f}" in line
@@ -612,11 +708,14 @@ def test_the_fastest_form_is_taken_as_if_nothing_had_been_tried(times, monkeypat
 
 
 def test_a_form_that_does_not_fit_or_run_is_left_out(monkeypatch):
-    full, absent = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no kernel\nhere")
+    full, absent = (
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("no kernel\nhere"),
+    )
     model, args, line, _ = choice(monkeypatch, {"plain": full, "fused-contiguous": absent})
     assert args.form == "fused" and model.fused
-    assert "plain: out of memory" in line and "fused-contiguous: no kernel (" in line
-    with pytest.raises(torch.OutOfMemoryError):
+    assert "plain: out of memory" in line and "fused-contiguous: no kernel, " in line
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         choice(monkeypatch, dict.fromkeys(TIMES, full))
 
 
@@ -635,7 +734,7 @@ def test_what_is_not_measured(monkeypatch):
 
 
 @ON_BOTH
-@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("faster", [True, False], ids=["graphs", "none"])
 def test_forms_with_graphs_and_without(faster, device, monkeypatch, said):
     """All are tried; where steps are faster without graphs, that is kept as --no_cuda_graph."""
     if device == "cpu":
@@ -648,14 +747,18 @@ def test_forms_with_graphs_and_without(faster, device, monkeypatch, said):
         steps()
         one, other = steps.gradients, steps.architect.gradients
         assert one.graphs == other.graphs and bool(one.captured) == one.graphs
+        assert not steps.learns or bool(other.captured) == other.graphs
         tried.append((steps.model.fused, steps.model.layout, one.graphs))
         return 1.0 + len(tried) if faster == one.graphs else 100.0
 
     monkeypatch.setattr(forms, "seconds", seconds)
-    args, model = SimpleNamespace(**vars(ARGS)), supernet()
+    # on the CPU two forms, with alphas and betas frozen: it takes less time
+    less = {"begin": 1, "recompute": True} if device == "cpu" else {}
+    args, model = SimpleNamespace(**vars(ARGS) | less), supernet()
     name, without, line = forms.measure(model, args, torch.device(device), (4, 8))
     assert (name, without) == ("fused", not faster)
-    assert tried == [(*form, graph) for form in flags.FORMS.values() for graph in (False, True)]
+    names = list(flags.FORMS)[: 2 if device == "cpu" else 4]
+    assert tried == [(*flags.FORMS[name], graph) for name in names for graph in (False, True)]
     assert "fused without graphs" in line and ", fused " in line
     assert not [record for record in said.records if record.levelno == logging.WARNING]
 
@@ -668,12 +771,10 @@ def test_a_form_whose_graphs_lie_is_tried_without(monkeypatch):
     monkeypatch.setattr("fused.Gradients", Lying)
     monkeypatch.setattr("architect.Gradients", Replayed)
     monkeypatch.setattr(forms, "seconds", lambda steps, device: 1.0)
-    args = SimpleNamespace(**vars(ARGS))
+    args = SimpleNamespace(**vars(ARGS) | {"begin": 1, "recompute": True})
     name, without, line = forms.measure(supernet(), args, CPU, (4, 8))
     assert (name, without) == ("fused", True)
-    assert "; fused: its first replay is not the step" in line or (
-        ", fused: its first replay is not the step" in line
-    )
+    assert ", fused: its first replay is not the step" in line
 
 
 def in_two_processes():
@@ -685,7 +786,7 @@ def in_two_processes():
 
 
 def test_all_processes_take_the_form_of_the_main_one():
-    first, second = in_processes(2, in_two_processes, None)
+    first, second = in_processes(2, in_two_processes)
     assert first[:3] == ("plain", False, 4) and second[:3] == ("plain", False, 0)
     assert all(map(torch.equal, first[3].values(), second[3].values()))
 
@@ -713,14 +814,13 @@ def search(flags_, cwd, times=None, code=0):
 
 def test_a_run_keeps_its_form_and_its_bits(tmp_path, capsys):
     """A search that tried all forms ends as one with that form from the start, and is resumed."""
-    times = TIMES | {"plain": torch.OutOfMemoryError("out of memory"), "fused-contiguous": 9.0}
+    times = TIMES | {"plain": torch.cuda.OutOfMemoryError("out of memory"), "fused-contiguous": 9.0}
     search(f"{DIGITS} --save tried", tmp_path, times)
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if "the fastest" in line]
     assert "plain: out of memory" in line
     search(f"{DIGITS} --save given --form fused", tmp_path)
-    search(f"{DIGITS} --save auto", tmp_path)
-    folders = [next(tmp_path.glob(f"search-{name}-*")) for name in ("tried", "given", "auto")]
+    folders = [next(tmp_path.glob(f"search-{name}-*")) for name in ("tried", "given")]
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders]
     for state in states[1:]:
         for part in ("model", "optimizer", "architect", "generators", "loader", "valid_loader"):
@@ -774,7 +874,8 @@ def test_memory_of_a_step(device, record_property):
         network = supernet(form, device, C=C, k=4, steps=4, multiplier=4, layers=8 if n > 4 else 3,
                            **more).float()  # fmt: skip
         x, y = batch(n, device, size, dtype=torch.float32)
-        network._loss(x, y).backward()  # gradients and what cuDNN needs are there
+        if device == "cuda":
+            network._loss(x, y).backward()  # gradients and what cuDNN needs are there
         taken[name] = peak(device, lambda network=network, x=x, y=y: network._loss(x, y))
         record_property(f"MiB, {name}", f"{taken[name] / 2**20:.1f}")
     assert taken["fused"] < 0.6 * taken["plain"]
