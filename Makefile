@@ -3,6 +3,7 @@
 # make lint   lint alone
 # make slow   the tests that take long
 # make evidence  the published search four times, and what its cells are worth: weeks on one GPU
+# make gpu    all that needs a CUDA GPU: tests, benchmark, a short search; gpu-report.md
 # make clean  remove the virtual environment and the caches; runs stay
 #
 # The first of them makes a virtual environment in .venv with all that is needed in it.
@@ -24,7 +25,7 @@ TRAIN = $$(ls -d $(RUNS)/eval-demo-* | tail -n 1)
 EVIDENCE_COST = estimated from published figures, GTX 1080 Ti: 4 searches of 0.1, 18 trainings of 1.5
 EVIDENCE_FLAGS ?= --set cifar10 --searches 4 --seeds 2 --epochs 600 --init_channels 36 --layers 20
 
-.PHONY: demo test lint slow evidence clean
+.PHONY: demo test lint slow gpu evidence clean
 
 demo: $(READY)
 	$(BIN)/python train_search.py --save $(RUNS)/demo $(SEARCH_FLAGS)
@@ -47,6 +48,9 @@ slow: $(READY)
 evidence: $(READY)
 	@echo "In the published sizes about 27 GPU days ($(EVIDENCE_COST))."
 	$(BIN)/python -m evidence.cells --root $(RUNS)/cells $(EVIDENCE_FLAGS)
+
+gpu: $(READY)  # docs/gpu.md
+	$(BIN)/python tests/gpu.py gpu-report.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -160,6 +160,8 @@ class Network(nn.Module):
         self._stands_for = Cell.forward, MixedOp.forward
         if self.fused:
             make_cell = functools.partial(FastCell, steps, multiplier, recompute=recompute)
+        # The memory format of the maps; None: as the images come. Either form takes any.
+        self.layout = torch.channels_last if self.fused else None
 
         C_prev_prev = C_prev = self._make_stem(stem, stem_multiplier * C)
         C_curr, reduction_prev = C, stem == "imagenet"
@@ -221,8 +223,8 @@ class Network(nn.Module):
                 "MixedOp or Cell has been changed since this network was built in its fast form: "
                 "change it before, or build with fused=False"
             )
-        if self.fused:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if self.layout is not None:
+            x = x.contiguous(memory_format=self.layout)
         if self._arguments["stem"] == "imagenet":
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
@@ -264,6 +266,7 @@ class Network(nn.Module):
         """A network like this one with the same alphas and betas and fresh weights."""
         device = self.classifier.weight.device
         network = Network(**self._arguments).to(device, self.classifier.weight.dtype)
+        network.layout = self.layout
         for mine, its in zip(self.arch_parameters(), network.arch_parameters(), strict=True):
             its.data.copy_(mine.data)
         return network

@@ -18,7 +18,7 @@ from torch import nn
 import fused
 import utils
 from architect import Architect
-from harness import costs, data, flags, loops, script, searches
+from harness import costs, data, flags, forms, loops, script, searches
 from harness.runs import Run
 
 DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, arch_learning_rate=3e-4)
@@ -59,8 +59,10 @@ def main(args):
 
     criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
-        model = searches.supernet(args, len(dataset.classes), criterion, args.stem).to(device)
+        model = searches.supernet(args, len(dataset.classes), criterion, args.stem)
         costs.check_size(model, dataset.train.images.shape[1])
+    shape = args.batch_size, dataset.train.images.shape[1]
+    model, measured = forms.choose(model, args, device, shape)
     optimizer = torch.optim.SGD(
         model.weights(),
         args.learning_rate,
@@ -86,7 +88,7 @@ def main(args):
         *train_half.images.shape[1:3],
     )  # fmt: skip
     log.info("images of a class: %d to %d in the training half", *data.counts(train_half))
-    searches.introduce(log, args, model)
+    searches.introduce(log, args, model, measured)
     if not args.darts:
         flags.advise(log, args, 256, 0.1)
 

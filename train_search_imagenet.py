@@ -19,7 +19,7 @@ from torch import nn
 import fused
 import utils
 from architect import Architect
-from harness import costs, distributed, flags, imagenet, loops, script, searches
+from harness import costs, distributed, flags, forms, imagenet, loops, script, searches
 from harness.distributed import is_main
 from harness.runs import Run
 
@@ -61,7 +61,8 @@ def main(args):
         model = searches.supernet(args, len(parts[0].classes), criterion, "imagenet")
         fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
         costs.check_size(model, args.input_size, fewest)
-    model.to(device)
+    shape = args.batch_size // distributed.world_size(), args.input_size
+    model, measured = forms.choose(model, args, device, shape)
     if args.sync_bn:
         model = distributed.synchronized(model, device)
     distributed.broadcast([*model.parameters(), *model.buffers()])
@@ -95,7 +96,7 @@ def main(args):
     gpus = torch.cuda.device_count()
     if gpus > 1 and distributed.world_size() == 1:
         log.info("%d GPUs are here; torchrun --nproc_per_node %d uses all of them", gpus, gpus)
-    searches.introduce(log, args, model)
+    searches.introduce(log, args, model, measured)
     flags.advise(log, args, 1024, 0.5)
 
     batches = valid.forever()

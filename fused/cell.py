@@ -30,6 +30,7 @@ from fused.functions import (
     NormSum,
     factorized_kernel,
     halve,
+    layout,
 )
 from genotypes import PRIMITIVES
 from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
@@ -318,6 +319,7 @@ class Cell(nn.Module):
         moments = Moments(self._fraction(s1), self.total) if self.training else None
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
         start, sources = 0, states
+        last = layout(s1) == torch.channels_last
         for w, (S, T) in enumerate(self.waves):
             edges, start = slice(start, start + S * T), start + S * T
             if self.sampling == "random":
@@ -336,12 +338,12 @@ class Cell(nn.Module):
                 mixed = outs if mixed is None else mixed + outs
             if self.k > 1:
                 for (_, rest), row in zip(parts, betas[w], strict=True):
-                    bypass = self._pass_by(bypass, rest, row, self._stride(w))
+                    bypass = self._pass_by(bypass, rest, row, self._stride(w), last)
             node, passed = mixed, bypass  # the first of the targets has all its edges now
             if T > 1:
                 node, mixed = mixed.split([self.c, (T - 1) * self.c], 1)
                 passed, bypass = bypass.split([1, T - 1]) if self.k > 1 else (None, None)
-            states.append(self._node(node, passed))
+            states.append(self._node(node, passed, last))
             sources = states[-1:]
         if moments:
             self._follow(moments, node.numel() // self.c / moments.fraction)
@@ -447,27 +449,34 @@ class Cell(nn.Module):
             hs.append(halve(relu, kernel, groups=S))
         return hs
 
-    def _pass_by(self, bypass, rest, betas, stride):
-        """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c))."""
+    def _pass_by(self, bypass, rest, betas, stride, last):
+        """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c)).
+
+        In the order of channels_last or of contiguous, as all of the cell.
+        """
         if stride == 2:
             rest = HalvedMax.apply(rest)
-        rest, betas = rest.permute(0, 2, 3, 1).flatten(), betas.to(rest.dtype)
+        rest = rest.permute(0, 2, 3, 1) if last else rest
+        rest, betas = rest.flatten(), betas.to(rest.dtype)
         return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
 
-    def _node(self, mixed, bypass):
+    def _node(self, mixed, bypass, last=True):
         """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""
         if self.k == 1:
             return mixed
         n, c, h, w = mixed.shape
-        mixed, bypass = mixed.permute(0, 2, 3, 1), bypass.view(n, h, w, -1)
+        if last:
+            mixed, bypass, dim = mixed.permute(0, 2, 3, 1), bypass.view(n, h, w, -1), 3
+        else:
+            bypass, dim = bypass.view(n, -1, h, w), 1
         if self.sampling == "shuffle":
             # Channel i of group g goes to place i * K + g: channel_shuffle in one write.
-            node = torch.stack([mixed, *bypass.split(c, 3)], -1).flatten(3)
+            node = torch.stack([mixed, *bypass.split(c, dim)], dim + 1).flatten(dim, dim + 1)
         elif self.sampling == "shift":  # the next operations take the first that passed here
-            node = torch.cat([bypass, mixed], 3)
+            node = torch.cat([bypass, mixed], dim)
         else:  # every channel back in its place
-            node = torch.cat([mixed, bypass], 3).index_select(3, self.channel_places)
-        return node.permute(0, 3, 1, 2)
+            node = torch.cat([mixed, bypass], dim).index_select(dim, self.channel_places)
+        return node.permute(0, 3, 1, 2) if last else node
 
     def _released(self):
         """(name in a released state dict, tensor or view here) of all that is stored by source."""

@@ -10,6 +10,7 @@ g = dL/dnorm(y), dA = sum(g h^T) and db = sum(g) over the m pixels, r = diag(dA 
     dL/dP = (dA - (db + r b) mean(h)^T - r A mean(h h^T)) / std(y).
 
 Tensors (N, G * c, H, W) are G blocks of c channels; a matrix (G, c, c) acts on each block apart.
+Their memory format is that of the input, channels_last or contiguous, from end to end.
 """
 
 import functools
@@ -18,6 +19,11 @@ import torch
 import torch.nn.functional as F
 
 EPS, MOMENTUM = 1e-5, 0.1  # of every batch norm: PyTorch's defaults
+
+
+def layout(x):
+    """The memory format of x (N, C, H, W), which may be a slice along channels."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
 def _conv_backward(which, g, x, weight, groups=1, padding=(0, 0), dilation=1):
@@ -203,6 +209,9 @@ def _spread(x, weight):
     """Each of S groups of c channels R times: (N, S * c, H, W) to (N, S * R * c, H, W)."""
     S, R, c, _, _ = weight.shape
     n, _, h, w = x.shape
+    if layout(x) == torch.contiguous_format:
+        x = x.unflatten(1, (S, 1, c)).expand(n, S, R, c, h, w)
+        return x.reshape(n, S * R * c, h, w)
     x = x.permute(0, 2, 3, 1).unflatten(3, (S, 1, c)).expand(n, h, w, S, R, c)
     return x.reshape(n, h, w, S * R * c).permute(0, 3, 1, 2)
 
@@ -260,14 +269,14 @@ class HalvedMax(torch.autograd.Function):
     def forward(ctx, x):
         out, places = F.max_pool2d(x, 2, 2, return_indices=True)
         ctx.save_for_backward(places.int())
-        ctx.size = x.shape
+        ctx.size, ctx.layout = x.shape, layout(x)
         return out
 
     @staticmethod
     def backward(ctx, g):
         _refuse_second_derivatives()
-        g = g.contiguous(memory_format=torch.channels_last)
-        x = torch.empty(ctx.size, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
+        g = g.contiguous(memory_format=ctx.layout)
+        x = torch.empty(ctx.size, dtype=g.dtype, device=g.device, memory_format=ctx.layout)
         places = ctx.saved_tensors[0].long()
         return torch.ops.aten.max_pool2d_with_indices_backward(
             g, x, [2, 2], [2, 2], [0, 0], [1, 1], False, places
@@ -351,9 +360,9 @@ class NormSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         _refuse_second_derivatives()
-        g = g.contiguous(memory_format=torch.channels_last)
         W, *hs = ctx.saved_tensors
         hs = ctx.remake(*hs) if ctx.remake else hs
+        g = g.contiguous(memory_format=layout(hs[0]))
         norm, (T, G) = ctx.norm, W.shape
         c = norm.A.shape[1]
         parts = zip(hs, ctx.kernels, strict=True)

@@ -45,6 +45,13 @@ non_negative = number(float, 0, 1e6)
 fraction = number(float, 0, 1)
 depth = number(int, 1, 1000)
 
+FORMS = {  # of a supernet: name: (its cells in the fast form, the memory format of its maps)
+    "fused": (True, torch.channels_last),
+    "fused-contiguous": (True, torch.contiguous_format),
+    "plain": (False, None),  # as the images come
+    "plain-contiguous": (False, torch.contiguous_format),
+}
+
 
 def colour(text):
     """An argparse type: three numbers from 0 to 1, the text as it is."""
@@ -117,6 +124,12 @@ def add_search_arguments(parser, begin, k, arch_learning_rate):
     add("--plain", action="store_true",
         help="the cells as model_search.py has them, not their fast form: readable, changeable, "
         "slower")  # fmt: skip
+    add(
+        "--form",
+        default="auto",
+        choices=["auto", *FORMS],
+        help="of the supernet; auto: on a GPU the fastest, else fused, or plain with --plain",
+    )
     add("--validate", action="store_true",
         help="the supernet's loss and top-1 on the validation half after each epoch, which costs "
         "a forward pass over it")  # fmt: skip
@@ -224,8 +237,12 @@ def _agreeing(args):
     if getattr(args, "learning_rate_min", 0) > args.learning_rate:
         low, high = args.learning_rate_min, args.learning_rate
         raise UserError(f"--learning_rate_min {low} is above --learning_rate {high}: lower it")
-    if getattr(args, "plain", False) and args.recompute:
-        raise UserError("--recompute is of the fast form: leave it out, or leave out --plain")
+    form = getattr(args, "form", "auto")
+    if getattr(args, "plain", False) and form.startswith("fused"):
+        raise UserError(f"--plain and --form {form}: give one of them")
+    plain = "--plain" if getattr(args, "plain", False) else f"--form {form}"
+    if "plain" in plain and args.recompute:
+        raise UserError(f"--recompute is of the fast form: leave it out, or leave out {plain}")
     if getattr(args, "compile", False) and getattr(args, "sync_bn", False):
         raise UserError("--compile has no --sync_bn: leave one of them out")
     if args.report or args.tensorboard:

@@ -393,7 +393,7 @@ def groups(runs):
     alike = {}
     for run in runs:
         args = {name: value for name, value in run.about["args"].items() if name not in flags.FREE}
-        for name in ("seed", "note"):
+        for name in ("seed", "note", "form", "no_cuda_graph"):  # the same figures, but for speed
             args.pop(name, None)
         if "/" in str(args.get("arch")) or str(args.get("arch")).startswith("search-"):
             args["arch"] = "the cell of a search"

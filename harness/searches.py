@@ -1,6 +1,7 @@
 """What both searches do alike: their supernet, and what they log, record and save."""
 
 import numpy as np
+import torch
 
 import genotypes
 import utils
@@ -16,15 +17,19 @@ def supernet(args, classes, criterion, stem):
     return Network(
         args.init_channels, classes, args.layers, criterion, steps=args.steps,
         multiplier=args.steps, k=args.k, edge_norm=not args.no_edge_norm, stem=stem,
-        recompute=args.recompute, sampling=args.sampling, primitives=names, fused=not args.plain,
+        recompute=args.recompute, sampling=args.sampling, primitives=names,
+        fused=not args.plain and not args.form.startswith("plain"),
     )  # fmt: skip
 
 
-def introduce(log, args, model):
-    """The first lines of a search's log about its supernet."""
+def introduce(log, args, model, measured=None):
+    """The first lines of a search's log about its supernet. measured: what forms.choose found."""
+    if measured is not None:
+        log.info("%s", measured)
     form = "in their fast form"
     if not model.fused:
         form = f"as model_search.py has them ({model.why_plain})"
+    form += ", in NCHW" * (model.layout == torch.contiguous_format)
     log.info(
         "supernet: %.6f M weights, K = %d, cells %s",
         utils.count_parameters_in_MB(model), args.k, form,
