@@ -35,12 +35,13 @@ def get_args():
     add("--data", default="../data", help="folder of the data set")
     add("--train_every", type=flags.count, default=20, help="of a folder: each n-th training image")
     add("--test_every", type=flags.count, default=5, help="of a folder: each n-th test image")
+    add("--input_size", type=flags.count, default=16, help="side of the images in pixels")
     add("--seeds", type=flags.count, default=3, help="runs of each network: seeds 0, 1, ...")
     add("--random", type=flags.count, default=3, help="random networks")
     add("--depth", type=flags.depth, default=20, help="layers")
     add("--flop_ratio", type=ratio, default=0.5, help="multiply-adds wanted, of the unpruned ones")
     add("--search_epochs", type=flags.count, default=12, help="epochs of a search")
-    add("--epochs", type=flags.count, default=12, help="epochs of a training")
+    add("--epochs", type=flags.count, default=6, help="epochs of a training")
     add("--batch_size", type=flags.count, default=64, help="images in a step")
     add("--learning_rate", type=flags.positive, default=0.05, help="of the weights")
     add("--arch_learning_rate", type=flags.positive, default=0.02, help="of the attentions")
@@ -55,7 +56,8 @@ def main(args):
     data = Path(args.data).expanduser()
     if args.set == "folder" and max(args.train_every, args.test_every) > 1:
         data = thinned(data, root, args.train_every, args.test_every)
-    common = ["--set", args.set, "--data", data, "--batch_size", args.batch_size]
+    common = ["--set", args.set, "--data", data, "--input_size", args.input_size]
+    common += ["--batch_size", args.batch_size]
     common += ["--learning_rate", args.learning_rate, *["--amp"] * args.amp]
 
     runs, searches = {}, []  # {network: [its folder of each seed]}

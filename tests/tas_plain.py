@@ -6,8 +6,8 @@ modules and parameters of a tas.SearchNetwork.
 
     python -m tests.tas_plain --depth 32 --batch_size 256
 
-measures a forward and backward pass of both in turns, and of the convolutions alone, each in a
-process of its own.
+measures a forward and backward pass of both in turns, and of the convolutions alone, on one thread,
+each in a process of its own.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def convolutions(network, x, index):
 
 
 def measure(form, depth, batch_size, size, seed):
-    """{seconds of one pass, MiB that it needed} of "tas", "plain" or "convolutions"."""
+    """Seconds on the clock and of the processor, and MiB, of "tas", "plain" or "convolutions"."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     network = tas.SearchNetwork(depth, 10)
     images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -148,11 +149,11 @@ def measure(form, depth, batch_size, size, seed):
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()  # the first is not counted
-    begun = time.perf_counter()
+    begun = time.perf_counter(), time.process_time()
     step()
-    seconds = time.perf_counter() - begun
+    seconds, processor = time.perf_counter() - begun[0], time.process_time() - begun[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": (peak - before) / 1024}
+    return {"seconds": seconds, "processor": processor, "mib": (peak - before) / 1024}
 
 
 def main():
@@ -177,18 +178,18 @@ def main():
             command = [sys.executable, "-m", "tests.tas_plain", *flags]
             command += ["--form", form, "--seed", str(seed)]
             each.append(json.loads(subprocess.check_output(command)))
-            print(f"draw {seed}, {form}: {each[-1]['seconds']:.2f} s, {each[-1]['mib']:.0f} MiB")
-    for form, each in found.items():
-        seconds = [row["seconds"] for row in each]
-        times = [
-            row["seconds"] / one["seconds"] for row, one in zip(found["plain"], each, strict=True)
-        ]
-        print(
-            f"{form}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to "
-            f"{max(seconds):.2f}), {statistics.median(times):.2f} times as fast as plain, "
-            f"{statistics.median(row['mib'] for row in each):.0f} MiB; depth {args.depth}, "
-            f"{args.batch_size} images, {torch.get_num_threads()} threads"
-        )
+            figures = "{seconds:.2f} s, {processor:.2f} s of the processor, {mib:.0f} MiB"
+            print(f"draw {seed}, {form}:", figures.format(**each[-1]), flush=True)
+    columns = {form: {name: [row[name] for row in each] for name in each[0]}
+               for form, each in found.items()}  # fmt: skip
+    for form, each in columns.items():
+        text = f"{form}: {statistics.median(each['mib']):.0f} MiB"
+        for name in ("seconds", "processor"):
+            pairs = zip(columns["plain"][name], each[name], strict=True)
+            faster = statistics.median(plain / mine for plain, mine in pairs)
+            low, middle, high = min(each[name]), statistics.median(each[name]), max(each[name])
+            text += f"; {name} {middle:.2f} ({low:.2f} to {high:.2f}), plain's / {faster:.2f}"
+        print(text)
 
 
 if __name__ == "__main__":

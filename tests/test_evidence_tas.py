@@ -14,7 +14,8 @@ from evidence import tas as protocol_of_tas
 from helpers import ROOT
 from utils import UserError
 
-TOY = "--set digits --depth 8 --seeds 1 --random 2 --epochs 1 --search_epochs 1 --batch_size 300"
+TOY = "--set digits --input_size 8 --depth 8 --seeds 1 --random 2 --batch_size 300"
+TOY += " --epochs 1 --search_epochs 1"
 
 
 def start(root, flags=TOY):
@@ -74,7 +75,7 @@ def test_the_protocol_goes_on_after_a_stop_and_ends_with_its_tables(tmp_path):
     assert commands(process.communicate()[0]) == [] and process.returncode == 0
     assert weights == {path: path.stat().st_mtime for path in root.glob("*/weights.pt")}
 
-    process = start(root, TOY.replace("--epochs 1 ", "--epochs 2 "))
+    process = start(root, TOY.replace(" --epochs 1 ", " --epochs 2 "))
     said = process.communicate()[0]
     assert process.returncode == 2 and "has runs with --epochs 1, not 2" in said, said
     assert "Traceback" not in said
