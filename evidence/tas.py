@@ -95,7 +95,8 @@ def main(args):
 
 def keep_settings(path, settings):
     """Writes what the runs are made with; UserError where runs made with other settings lie."""
-    settings = {name: value for name, value in settings.items() if name not in ("root", "data")}
+    free = ("root", "data", "seeds", "random")  # which add runs and change none
+    settings = {name: value for name, value in settings.items() if name not in free}
     if path.exists():
         kept = json.loads(path.read_text())
         for name, value in settings.items():

@@ -113,3 +113,11 @@ def test_a_thinned_folder_links_to_each_nth_image(tmp_path):
     assert protocol_of_tas.thinned(tmp_path / "full", tmp_path, 3, 2) == folder
     with pytest.raises(UserError, match="has no train folder"):
         protocol_of_tas.thinned(tmp_path / "nothing", tmp_path, 2, 2)
+
+
+def test_settings_must_stay_but_seeds_may_be_added(tmp_path):
+    path, settings = tmp_path / "settings.json", {"epochs": 6, "seeds": 2, "data": "here"}
+    for seeds in (2, 3):
+        protocol_of_tas.keep_settings(path, settings | {"seeds": seeds, "data": "there"})
+    with pytest.raises(UserError, match="has runs with --epochs 6, not 7"):
+        protocol_of_tas.keep_settings(path, settings | {"epochs": 7})
