@@ -3,6 +3,7 @@
     torch.hub.load(REPO, "pc_darts_cifar", weights="eval-EXP-.../weights.pt")
     torch.hub.load(REPO, "pc_darts_imagenet", num_classes=1000, auxiliary=True)
     torch.hub.load(REPO, "supernet", k=4)
+    torch.hub.load(REPO, "tas", arch="search-EXP-.../tas.json", weights="eval-EXP-...")
 
 weights: a run's folder, weights.pt or checkpoint.pt, or a checkpoint of the published code.
 Raises UserError, one line, where they cannot be read or are of another network.
@@ -17,6 +18,7 @@ import model as _model
 import model_search as _model_search
 from harness import files as _files
 from operations import OPS as _OPS
+from tas import found as _found
 
 dependencies = ["torch", "torchvision", "numpy"]
 
@@ -44,6 +46,17 @@ def supernet(num_classes=10, weights=None, C=16, layers=8, **variant):
     """The search network; variant: further arguments of model_search.Network, such as k."""
     criterion = _nn.CrossEntropyLoss()
     return _loaded(_model_search.Network(C, num_classes, layers, criterion, **variant), weights)
+
+
+def tas(arch="unpruned", num_classes=None, weights=None, depth=None):
+    """The ResNet with the widths and depths that a search found; forward(x) -> logits.
+
+    arch: as --arch of train_tas.py: tas.json, run folder, text, or "unpruned", which needs depth.
+    num_classes: None: the arch's, of "unpruned" 10.
+    """
+    network = _found.load(arch, depth)
+    network = network._replace(num_classes=num_classes or network.num_classes)
+    return _loaded(network.network(), weights)
 
 
 def _loaded(network, weights):

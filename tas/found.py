@@ -1,6 +1,7 @@
 """What a search found, as a file, a line to paste, and a network; the weights of a teacher."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from utils import UserError, user_errors
 
 NAME = "tas.json"
 MOST_BYTES = 1_000_000
+MOST_DRAWS = 20_000
 
 
 class Found(NamedTuple):
@@ -45,6 +47,54 @@ def describe(depth, channels, blocks, num_classes, size, target=None):
     """A Found with its multiply-adds."""
     count = multiply_adds(depth, channels, num_classes, blocks, (size, size))
     return Found(depth, channels, blocks, round(count, 6), target, num_classes, size)
+
+
+def uniform(depth, ratio, num_classes, size, tolerance=0.05):
+    """A Found where all convolutions keep the same share of their channels, to compare with.
+
+    Its multiply-adds are at most `ratio` of the unpruned network's and at least ratio - tolerance;
+    where no one share gives that, the last convolutions have the next larger one. Raises UserError
+    where the smallest network is above `ratio`.
+    """
+    low, high = _band(depth, ratio, num_classes, size, tolerance)
+    choices = [shapes.width_choices(C) for C in shapes.full_channels(depth)[1:]]
+
+    def network(place, wider=0):  # `wider` convolutions, the last ones, have the next share
+        places = [place] * (len(choices) - wider) + [place + 1] * wider
+        channels = [row[i] for row, i in zip(choices, places, strict=True)]
+        return describe(depth, [3, *channels], None, num_classes, size, high)
+
+    fits = [i for i in range(len(shapes.SHARES)) if network(i).multiply_adds <= high]
+    if not fits:
+        raise UserError(f"the smallest network is above {ratio} of the unpruned: give more")
+    found, wider = network(fits[-1]), 0
+    while found.multiply_adds < low:
+        wider += 1
+        found = network(fits[-1], wider)
+    return found
+
+
+def drawn(depth, ratio, num_classes, size, seed, tolerance=0.05):
+    """A Found of random widths, to compare with: each choice alike, drawn until it fits.
+
+    It fits if its multiply-adds are between ratio - tolerance and `ratio` of the unpruned
+    network's. Raises UserError where 20,000 draws give none.
+    """
+    low, high = _band(depth, ratio, num_classes, size, tolerance)
+    choices = [shapes.width_choices(C) for C in shapes.full_channels(depth)[1:]]
+    generator = random.Random(seed)
+    for _ in range(MOST_DRAWS):
+        channels = [3, *(generator.choice(row) for row in choices)]
+        found = describe(depth, channels, None, num_classes, size, high)
+        if low <= found.multiply_adds <= high:
+            return found
+    raise UserError(f"{MOST_DRAWS} random networks, and none of {ratio} of the unpruned: try 0.45")
+
+
+def _band(depth, ratio, num_classes, size, tolerance):
+    """(fewest, most) multiply-adds in millions."""
+    unpruned = load("unpruned", depth, num_classes, size).multiply_adds
+    return (ratio - tolerance) * unpruned, round(ratio * unpruned, 6)
 
 
 def load(what, depth=None, num_classes=10, size=32):

@@ -3,10 +3,25 @@
 Each convolution runs at full width on an input filled up with zeros, two norms read its first
 channels, both results are averaged over channels to the wider width and added. It reads the
 modules and parameters of a tas.SearchNetwork.
+
+    python -m tests.tas_plain --depth 32 --batch_size 256
+
+measures a forward and backward pass of both in turns, and of the convolutions alone, on one thread,
+each in a process of its own.
 """
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
 
 import torch
 from torch.nn import functional as F
+
+import tas
 
 
 def search(network, x, tau, sample):
@@ -89,3 +104,93 @@ def expected(network, size):
             count = count * sum(p for p, c in zip(row, choices, strict=True) if c > block)
         total = total + count
     return total / 1e6
+
+
+# --- side by side ---
+
+
+def convolutions(network, x, index):
+    """All convolutions at the widths of a draw, one after the other: no norm, no interpolation."""
+    widths = network.choices.gather(1, index).amax(1).tolist()
+    layers = [("", network.layers[0].conv, widths[0])]
+    for block, a, b in zip(network.layers[1:], widths[1::2], widths[2::2], strict=True):
+        layers += [("a", block.conv_a.conv, a), ("b", block.conv_b.conv, b)]
+        if block.downsample is not None:
+            layers[-2:-2] = [("shortcut", block.downsample.conv, b)]
+    shortcut = None
+    for what, conv, C in layers:
+        weight = conv.weight[:C]
+        if what == "shortcut":
+            pooled = F.avg_pool2d(x, 2)
+            shortcut = F.conv2d(pooled, weight[:, : x.shape[1]])
+            continue
+        x = F.conv2d(x, weight[:, : x.shape[1]], None, conv.stride, conv.padding)
+        if what == "b" and shortcut is not None:
+            x, shortcut = x + shortcut, None
+    return x
+
+
+def measure(form, depth, batch_size, size, seed):
+    """Seconds on the clock and of the processor, and MiB, of "tas", "plain" or "convolutions"."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = tas.SearchNetwork(depth, 10)
+    images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch_size,))
+    sample = {"index": torch.multinomial(torch.ones(depth - 1, 8), 2)}
+    sample["gumbel"] = tas.draw.gumbel(torch.empty(depth - 1, 8))
+
+    def step():
+        if form == "convolutions":
+            return convolutions(network, images, sample["index"]).mean().backward()
+        pass_ = tas.SearchNetwork.search if form == "tas" else search
+        logits, expected = pass_(network, images, 1.0, sample)
+        (F.cross_entropy(logits, labels) + 2 * expected.log()).backward()
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()  # the first is not counted
+    begun = time.perf_counter(), time.process_time()
+    step()
+    seconds, processor = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "processor": processor, "mib": (peak - before) / 1024}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="TAS's search pass beside its plain form")
+    add = parser.add_argument
+    add("--depth", type=int, default=32, help="layers")
+    add("--batch_size", type=int, default=256, help="images")
+    add("--size", type=int, default=32, help="of an image, pixels")
+    add("--repeats", type=int, default=3, help="draws, each measured in all forms")
+    add("--form", help="measure this form once and print a line of JSON")
+    add("--seed", type=int, default=0, help="of the draw")
+    args = parser.parse_args()
+    what = args.depth, args.batch_size, args.size
+    if args.form:
+        print(json.dumps(measure(args.form, *what, args.seed)))
+        return
+    found = {"plain": [], "tas": [], "convolutions": []}
+    flags = zip(("--depth", "--batch_size", "--size"), what, strict=True)
+    flags = [str(word) for pair in flags for word in pair]
+    for seed in range(args.repeats):
+        for form, each in found.items():
+            command = [sys.executable, "-m", "tests.tas_plain", *flags]
+            command += ["--form", form, "--seed", str(seed)]
+            each.append(json.loads(subprocess.check_output(command)))
+            figures = "{seconds:.2f} s, {processor:.2f} s of the processor, {mib:.0f} MiB"
+            print(f"draw {seed}, {form}:", figures.format(**each[-1]), flush=True)
+    columns = {form: {name: [row[name] for row in each] for name in each[0]}
+               for form, each in found.items()}  # fmt: skip
+    for form, each in columns.items():
+        text = f"{form}: {statistics.median(each['mib']):.0f} MiB"
+        for name in ("seconds", "processor"):
+            pairs = zip(columns["plain"][name], each[name], strict=True)
+            faster = statistics.median(plain / mine for plain, mine in pairs)
+            low, middle, high = min(each[name]), statistics.median(each[name]), max(each[name])
+            text += f"; {name} {middle:.2f} ({low:.2f} to {high:.2f}), plain's / {faster:.2f}"
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ import utils
 from architect import _concat
 from fused import comparison
 from helpers import ROOT, copy_code, warm_python
+from tas import found
 
 DATA = '''
 import glob, logging, os, sys
@@ -563,4 +564,33 @@ def test_hub(tmp_path):
     import hubconf
 
     names = {n for n, value in vars(hubconf).items() if callable(value) and n[0] != "_"}
-    assert names == {"pc_darts_cifar", "pc_darts_imagenet", "supernet"}
+    assert names == {"pc_darts_cifar", "pc_darts_imagenet", "supernet", "tas"}
+
+
+def test_hub_gives_a_network_that_a_search_found(tmp_path):
+    network = found.uniform(8, 0.5, 7, 16)
+    run = tmp_path / "eval-x"
+    run.mkdir()
+    network.save(run / "tas.json")
+    torch.save(network.network().state_dict(), run / "weights.pt")
+    wanted = torch.load(run / "weights.pt")
+
+    def load(**arguments):
+        return torch.hub.load(str(ROOT), "tas", source="local", **arguments)
+
+    for arch in (str(run), str(run / "tas.json"), network.text()):
+        loaded = load(arch=arch, weights=run)
+        state = loaded.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+        assert loaded(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
+    assert load(arch=network.text(), num_classes=3)(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+    whole = load(depth=8)
+    assert whole.layers[-1].conv_b.conv.weight.shape == (64, 64, 3, 3)
+    assert whole.classifier.out_features == 10
+    with pytest.raises(utils.UserError, match="another network"):
+        load(arch="unpruned", depth=8, weights=run / "weights.pt")
+    with pytest.raises(utils.UserError, match="needs --depth"):
+        load()
+    with pytest.raises(utils.UserError, match="cannot read 'nothing'"):
+        load(arch="nothing")

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import recipe
 import tas
 import tas_plain
-from tas import draw, shapes
+from tas import draw, found, shapes
+from utils import UserError
 
 GOLDEN, _ = recipe.golden("tas", "tas")
 CONFIG = json.loads(str(np.load(recipe.GOLDEN / "tas.npz")["tas/config"]))
@@ -558,3 +559,53 @@ def test_bad_input_is_one_line(call, text):
     with pytest.raises(ValueError) as error:
         call()
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+# --- networks to compare with, and the measurement ---
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.5, 0.55, 0.93, 1.0])
+def test_uniform_network_keeps_one_share_or_two_and_fits(ratio):
+    network = found.uniform(20, ratio, 10, 32)
+    whole = tas.full_channels(20)
+    kept = [round(C / full, 2) for C, full in zip(network.channels, whole, strict=True)][1:]
+    shares = [min(shapes.SHARES, key=lambda share: abs(share - k - 0.02)) for k in kept]
+    assert ratio - 0.05 <= network.multiply_adds / 40.813184 <= ratio
+    assert shares == sorted(shares) and max(shares) - min(shares) < 0.11
+    assert network.multiply_adds == pytest.approx(tas.multiply_adds(20, network.channels, 10))
+    if ratio == 0.5:  # 0.7 of all
+        assert network.channels == [3, *[11] * 7, *[22] * 6, *[44] * 6]
+    if ratio == 1.0:
+        assert network.channels == whole
+
+
+def test_random_networks_fit_and_are_those_of_their_seed():
+    networks = [found.drawn(20, 0.5, 10, 32, seed) for seed in range(20)]
+    for network in networks:
+        assert 0.45 <= network.multiply_adds / 40.813184 <= 0.5
+        assert network.target == pytest.approx(20.406592)
+    assert found.drawn(20, 0.5, 10, 32, 3) == networks[3]
+    columns = list(zip(*(network.channels for network in networks), strict=True))
+    assert all(len(set(column)) > 3 for column in columns[1:])
+
+
+@pytest.mark.parametrize("make, text", [
+    (lambda: found.uniform(20, 0.05, 10, 32), "the smallest network is above 0.05"),
+    (lambda: found.drawn(8, 1.0, 10, 32, 0, tolerance=1e-4), "and none of 1.0 of the unpruned"),
+])  # fmt: skip
+def test_a_ratio_that_no_network_has_is_one_line(make, text):
+    with pytest.raises(UserError) as error:
+        make()
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("choice", [0, 4, 7])
+def test_the_convolutions_that_are_measured_alone_are_all_of_a_draw(choice):
+    network = tas.SearchNetwork(14, 10)
+    index = torch.full((13, 2), choice)
+    index[:, 0] = 0  # the narrower of the two does not count
+    channels = [3, *network.choices[:, choice].tolist()]
+    with FlopCounterMode(display=False) as counter:
+        tas_plain.convolutions(network, torch.zeros(1, 3, 16, 16), index)
+    count = tas.multiply_adds(14, channels, 10, size=(16, 16)) - 10 * channels[-1] / 1e6
+    assert counter.get_total_flops() == pytest.approx(2e6 * count, abs=0.5)
