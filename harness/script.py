@@ -48,9 +48,9 @@ def keep_memory():
     """Lets this process keep the memory of tensors that are freed, for those that come next.
 
     glibc gives blocks of 32 MiB and more back to the system at once, and each new one costs a page
-    fault for every 4 KiB: 2 million in a step of the supernet at batch 256 on a CPU, a third of its
-    time (BENCHMARKS.md). The process then stays as large as it once was. Does nothing where there
-    is no glibc, or where the user has set malloc's own variables.
+    fault for every 4 KiB: 2 million in a step of the supernet at batch 256 on a CPU, a fifth of its
+    time or more (BENCHMARKS.md). The process then stays as large as it once was. Does nothing where
+    there is no glibc, or where the user has set malloc's own variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
