@@ -29,7 +29,7 @@ def test_a_convolution_is_counted_as_by_hand(groups, k, kind):
 
 
 def test_operations_are_those_of_pytorch_s_counter():
-    """On plain layers: it counts grouped weight gradients as if they were not grouped."""
+    """On layers without groups, where it can be relied on."""
     with torch.device("meta"):
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(64, 5))
         x = torch.empty(2, 3, 6, 6)
