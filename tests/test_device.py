@@ -124,7 +124,9 @@ def supernet(form="fused", device="cpu", **arguments):
 @functools.cache
 def made(fast, **arguments):
     torch.manual_seed(0)
-    return Network(criterion=nn.CrossEntropyLoss(), fused=fast, **arguments).double()
+    network = Network(criterion=nn.CrossEntropyLoss(), fused=fast, **arguments).double()
+    assert network.fused == fast
+    return network
 
 
 def batch(n, device="cpu", size=8, seed=0, dtype=torch.float64):
