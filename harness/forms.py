@@ -107,10 +107,8 @@ def _time(name, model, args, device, shape, graphs, times, failed):
                 times[name, True] = seconds(steps, device)
             else:
                 failed[name, True] = RuntimeError(steps.reason)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:  # out of memory, or a kernel that this GPU does not have
         return error.with_traceback(None)  # which holds the copy
-    except RuntimeError as error:  # of a kernel that this GPU or cuDNN does not have
-        return error.with_traceback(None)
     return None
 
 

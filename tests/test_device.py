@@ -123,8 +123,11 @@ def supernet(form="fused", device="cpu", **arguments):
 
 @functools.cache
 def made(fast, **arguments):
-    torch.manual_seed(0)
-    return Network(criterion=nn.CrossEntropyLoss(), fused=fast, **arguments).double()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = Network(criterion=nn.CrossEntropyLoss(), fused=fast, **arguments).double()
+    assert network.fused == fast
+    return network
 
 
 def batch(n, device="cpu", size=8, seed=0, dtype=torch.float64):
