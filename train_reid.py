@@ -2,6 +2,7 @@
 
     python train_reid.py --data DIR --arch REID_SEARCH       # Market-1501 and the published cell
     python train_reid.py --arch search-REID-20260101-120000  # the cell that a search found
+    python train_reid.py --data DIR --arch resnet18          # to compare with; no pretraining
     python train_reid.py --set digits --arch REID_SEARCH     # needs no files; no figure of a person
     python train_reid.py --test RUN --rerank                 # evaluate a run again
 
@@ -24,13 +25,13 @@ from harness.runs import Run, load_genotype
 from reid import PKBatches, RetrievalLoss, data, pictures
 from reid.flags import add_arguments, cross_entropy_weight, milestones, parse_args, whole_numbers
 from reid.loader import Loader, retrieve
-from reid.model import ReIDNetwork, check_size, multiply_adds
+from reid.model import RESNETS, ReIDNetwork, ResNet, check_size, multiply_adds
 
 DIGITS = dict(height=64, width=32, layers="1,1,1", init_channels=8, embedding=32, identities=10)
 DIGITS |= dict(instances=8, epochs=100, eval_freq=50, learning_rate=0.01, warm_up=5)
 DIGITS |= dict(milestones="60,85")
 # Flags of the run that made the weights, which --test goes by.
-INHERITED = ("data", "set", "height", "width", "layers", "init_channels", "embedding")
+INHERITED = ("arch", "data", "set", "height", "width", "layers", "init_channels", "embedding")
 INHERITED += ("identities", "instances")  # the size of a batch: the same figures to the bit
 
 
@@ -38,7 +39,8 @@ def get_args():
     parser = flags.Parser(__doc__.split("\n")[0])
     add_arguments(parser, epochs=120, learning_rate=3.5e-4)
     add = parser.add_argument
-    add("--arch", default="REID_SEARCH", help="name, genotype.json, run folder or text")
+    add("--arch", default="REID_SEARCH",
+        help=f"name, genotype.json, run folder or text; or {', '.join(RESNETS)}")  # fmt: skip
     add("--test", metavar="RUN", help="evaluate the run in this folder, and do nothing else")
     add("--rerank", action="store_true", help="k-reciprocal re-ranking at the end, too")
     add("--eval_freq", type=flags.count, default=20, help="epochs between two evaluations")
@@ -58,7 +60,7 @@ def main(args):
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
     people = data.load(args.set, args.data)
     people = people._replace(gallery=data.without_junk(people.gallery))
-    layers, size = whole_numbers(args.layers), (args.height, args.width)
+    size = args.height, args.width
     if args.test is not None:
         return test(args, people, genotype, device)
     labels, identities = data.labels(people.train.ids)
@@ -67,11 +69,7 @@ def main(args):
     augment = dict(flip=args.set != "digits", erase=not args.no_erasing)
     train = Loader(people.train, labels, batches, size, device, args.workers, **augment)
 
-    with utils.user_errors(ValueError):
-        network = ReIDNetwork(
-            args.init_channels, len(identities), layers, genotype, args.embedding
-        )  # fmt: skip
-        check_size(network, layers, *size, train.smallest())
+    network = build(args, genotype, len(identities), train.smallest())
     macs = multiply_adds(network, *size) / 1e6
     network.to(device)
     model = distributed.wrap(network, device, args)
@@ -88,7 +86,7 @@ def main(args):
     if run.finished(args):
         return
     folder, log = run.folder, run.log
-    introduce(log, people, identities, genotype)
+    introduce(log, args, people, identities, genotype)
     log.info("network: %.6f M parameters, %.2f M multiply-adds", about["parameters_m"], macs)
 
     for epoch in range(run.epoch, args.epochs):
@@ -116,13 +114,30 @@ def main(args):
 
 
 def part_aware_genotype(args):
-    """The genotype of --arch, or of the run to test, if it is of Auto-ReID's space."""
+    """The genotype of --arch, or of the run to test, if it is of Auto-ReID's space.
+
+    None of a ResNet.
+    """
+    if args.arch in RESNETS:
+        return None
     with utils.user_errors(genotypes.GenotypeError):
         if args.test is not None:
             genotype = genotypes.load(args.test, genotypes.PRIMITIVES_REID)
         else:
             genotype = load_genotype(args)
         return genotypes.check(genotype, genotypes.PRIMITIVES_REID)
+
+
+def build(args, genotype, classes, images):
+    """The network; images: the fewest in a step."""
+    layers = whole_numbers(args.layers)
+    with utils.user_errors(ValueError):
+        if genotype is None:
+            network = ResNet(args.arch, classes, args.embedding)
+        else:
+            network = ReIDNetwork(args.init_channels, classes, layers, genotype, args.embedding)
+        check_size(network, layers, args.height, args.width, images)
+    return network
 
 
 def factor(epoch, args):
@@ -149,21 +164,18 @@ def test(args, people, genotype, device):
     classes = files.read_args(folder).get("classes")
     if not isinstance(classes, list):
         raise utils.UserError(f"{folder}/args.json is damaged: it names no classes")
-    layers, size = whole_numbers(args.layers), (args.height, args.width)
-    with utils.user_errors(ValueError):
-        network = ReIDNetwork(args.init_channels, len(classes), layers, genotype, args.embedding)
-        check_size(network, layers, *size, 2)
+    network = build(args, genotype, len(classes), 2)
     files.load_weights(network, state, path)
     network.to(device)
     log.info("%s", flags.describe(device))
-    introduce(log, people, classes, genotype)
+    introduce(log, args, people, classes, genotype)
     for rerank in (False, True)[: 1 + args.rerank]:
         found = retrieve(network, people, args, device, rerank=rerank)
         log.info("%s", line(f"{path}{', re-ranked' * rerank}", found.figures))
 
 
-def introduce(log, people, identities, genotype):
-    """The first lines of the log: the data and the cell."""
+def introduce(log, args, people, identities, genotype):
+    """The first lines of the log: the data, and the cell or ResNet."""
     log.info("%s", people.note)
     log.info(
         "%d identities and %d images to train on, %d queries, %d gallery images without junk",
@@ -172,7 +184,11 @@ def introduce(log, people, identities, genotype):
     without = data.without_match(people)
     if without:
         log.info("%d queries have no image by another camera and do not count", without)
-    log.info("genotype = %s", genotypes.text(genotype))
+    if genotype is None:
+        log.info("%s of torchvision, not pretrained: --layers, --init_channels and "
+                 "--drop_path_prob do not apply", args.arch)  # fmt: skip
+    else:
+        log.info("genotype = %s", genotypes.text(genotype))
 
 
 def line(name, tested):

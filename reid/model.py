@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
 
 import genotypes
 from model import Cell
@@ -12,6 +13,7 @@ from operations import OPS
 from utils import without_module_prefix
 
 LAYERS = (2, 2, 2, 2)  # cells of each stage
+RESNETS = ("resnet18", "resnet34", "resnet50")  # of torchvision, to compare with
 
 
 def reductions(layers=LAYERS):
@@ -95,6 +97,35 @@ class ReIDNetwork(nn.Module):
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's; accepts a `module.` prefix."""
         return super().load_state_dict(without_module_prefix(state_dict), strict, assign)
+
+
+class ResNet(nn.Module):
+    """A ResNet of torchvision without pretraining, with the head of a ReIDNetwork.
+
+    name: one of RESNETS. The last stage does not halve the map (Luo et al., CVPRW 2019, section
+    3.5), which so is a 16th of the image, as of a ReIDNetwork with three stages.
+    """
+
+    def __init__(self, name, num_classes, embedding=512):
+        super().__init__()
+        self.drop_path_prob = 0.0  # it has no cells to drop a path of
+        resnet = models.get_model(name, weights=None)
+        for module in resnet.layer4.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+        self.body = nn.Sequential(*list(resnet.children())[:-2])  # without its pool and classifier
+        self.head = Head(resnet.fc.in_features, num_classes, embedding)
+
+    def forward(self, x):
+        """As ReIDNetwork's."""
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        embeddings, logits = self.head(self.body(x))
+        return (embeddings, logits) if self.training else embeddings
+
+    def leaves_out_nodes(self):
+        """As ReIDNetwork's."""
+        return False
 
 
 def check_size(network, layers, height, width, images):

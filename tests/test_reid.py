@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torchvision import models
 
 import genotypes
 import recipe
 import reid
 from operations import OPS
 from reid import data, metrics
-from reid.model import LAYERS, Head, ReIDNetwork, reductions, stem
+from reid.model import LAYERS, Head, ReIDNetwork, ResNet, multiply_adds, reductions, stem
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -773,6 +774,26 @@ def test_stem_and_head():
     embeddings, logits = Head(8, 3, 5)(torch.randn(4, 8, 3, 2))
     assert embeddings.shape == (4, 5) and logits.shape == (4, 3)
     torch.testing.assert_close(embeddings.mean(0), torch.zeros(5), rtol=0, atol=1e-6)  # normed
+
+
+def test_resnet_is_torchvisions_with_our_head():
+    network = ResNet("resnet18", 5, embedding=6)
+    body = models.resnet18().state_dict()
+    shapes = [value.shape for name, value in body.items() if not name.startswith("fc.")]
+    assert [value.shape for value in network.body.state_dict().values()] == shapes
+    own = sum(p.numel() for p in network.parameters())
+    assert own == 11_176_512 + 512 * 6 + 2 * 6 + 6 * 5 + 5  # torchvision's without its classifier
+    last = 7 * 7 * 512 * 9 * (256 + 3 * 512) + 7 * 7 * 512 * 256  # of its last stage, which halves
+    macs = 1_814_073_344 - 512 * 1000 + 3 * last + 512 * 6 + 6 * 5
+    assert multiply_adds(network, 224, 224) == macs
+    x = torch.randn(2, 3, 64, 32)
+    assert network.body(x).shape == (2, 512, 4, 2)
+    embeddings, logits = network(x)
+    assert embeddings.shape == (2, 6) and logits.shape == (2, 5)
+    out = network.eval()(x)
+    assert out.shape == (2, 6)
+    want = network.head.bn(network.body(x).flatten(2).mean(2) @ network.head.linear.weight.T)
+    torch.testing.assert_close(out, want)
 
 
 # pictures

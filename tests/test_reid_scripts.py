@@ -121,6 +121,19 @@ def test_a_training(whole):
     assert rates == pytest.approx([0.001, 0.01, 0.01])
 
 
+def test_a_resnet_to_compare_with(whole, tmp_path):
+    output = run(f"{TRAIN} --epochs 1 --arch resnet18", tmp_path)
+    folder = only(tmp_path, "eval-*")
+    assert "resnet18 of torchvision, not pretrained: --layers, --init_channels and" in output
+    assert "network: 11.180" in output and not (folder / "genotype.json").exists()
+    [figures] = [line.split("mAP")[1] for line in output.splitlines() if "after the last" in line]
+    assert figures in run(f"train_reid.py --test {folder}", tmp_path)
+    assert "nothing is left to do" in run(f"train_reid.py --resume {folder}", tmp_path)
+    cells = only(whole, "eval-whole-*")
+    output = run(f"train_reid.py --test {cells} --arch resnet18", tmp_path, code=2)
+    assert "Traceback" not in output and "weights.pt" in output.splitlines()[-1]
+
+
 def test_pictures_of_a_run(whole):
     pytest.importorskip("matplotlib")
     folder = only(whole, "eval-whole-*")
@@ -190,6 +203,7 @@ def test_a_folder_in_market_form(tmp_path):
 BAD = {
     "no set": ("train_reid.py --data nowhere", "nowhere is no folder"),
     "another space": ("train_reid.py --set digits --arch PC_DARTS_cifar", "sep_conv_5x5"),
+    "another resnet": ("train_reid.py --set digits --arch resnet19", "resnet19"),
     "too small": ("train_search_reid.py --set digits --height 32", "32 x 32"),
     "too small to train": (f"{TRAIN} --height 16 --arch REID_SEARCH", "16 x 32"),
     "odd": (f"{TRAIN} --height 72 --width 36 --arch REID_SEARCH", "72 x 36"),
