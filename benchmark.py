@@ -67,13 +67,14 @@ def main(args):
         "repeats": args.repeats, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    results = {"machine": machine}
-    write(results, args.json)  # a file that cannot be written is told before the measuring
+    results, path = {"machine": machine}, Path(args.json)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):  # told before measuring
+        raise utils.UserError(f"--json {path} cannot be written: name another file")
     for name in TABLES if args.what == "all" else [args.what]:
         utils.set_seed(0)
         results[name] = TABLES[name](args)
         print(f"\n## {name}\n\n{report.markdown(results[name])}", flush=True)
-        write(results, args.json)
+        path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def supernet(args):
@@ -381,13 +382,6 @@ def row(side, seconds, reference, images=None):
         "times as fast": statistics.median(reference) / median,
     }  # fmt: skip
     return times if images is None else times | {"images per second": images / median}
-
-
-def write(results, path):
-    try:
-        Path(path).write_text(json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise utils.UserError(f"--json {path}: {error.strerror}; name another file") from None
 
 
 if __name__ == "__main__":
