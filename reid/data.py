@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from harness.data import open_image
 from utils import UserError
 
 SETS = ("market1501", "dukemtmc", "msmt17", "digits")
@@ -272,16 +273,10 @@ def read(images, height, width):
 
 def decode(image, height, width):
     """An image, a path or (H, W, 3) uint8, as (height, width, 3) uint8; UserError if broken."""
-    try:
-        with Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image) as file:
-            file = file.convert("RGB")
-            if file.size != (width, height):
-                file = file.resize((width, height), Image.Resampling.BILINEAR)
-            return np.array(file)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        name = image if isinstance(image, str) else "an array"
-        raise UserError(f"{name} is no intact image ({reason}): mend or remove it") from error
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(image)
 
 
 def _images(images, ids, cameras):
