@@ -347,10 +347,10 @@ class Network(nn.Module):
         state_dict = without_module_prefix(state_dict)
         for name in self._arch_names:
             state_dict.setdefault(name, getattr(self, name).detach())
-        named, own = dict(self.named_parameters()), self.state_dict().keys()
-        named = {
-            p: state_dict.pop(name) for name, p in named.items() if name in state_dict.keys() - own
-        }
+        more, named = state_dict.keys() - self.state_dict().keys(), {}
+        for name, parameter in self.named_parameters():
+            if name in more and state_dict[name].shape == parameter.shape:
+                named[parameter] = state_dict.pop(name)
         keys = super().load_state_dict(state_dict, strict, assign)
         for parameter, values in named.items():
             parameter.data.copy_(values)
