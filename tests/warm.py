@@ -89,7 +89,8 @@ if __name__ == "__main__" and sys.argv[1] == "--serve":
     if sys.argv[0] == "-u":
         sys.argv.pop(0)
         sys.stdout.reconfigure(write_through=True)
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    beside = os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:1] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     runpy.run_path(sys.argv[0], run_name="__main__")
 elif __name__ == "__main__":
     client(sys.argv[1], sys.argv[2:])
