@@ -53,14 +53,6 @@ def exact():
     torch.backends.cudnn.allow_tf32 = cudnn
 
 
-@pytest.fixture
-def said(monkeypatch, caplog):
-    """The records of the log."""
-    monkeypatch.setattr(logging.getLogger("pc-darts"), "propagate", True)  # a run's log does not
-    with caplog.at_level(logging.INFO, "pc-darts"):
-        yield caplog
-
-
 class Graph:
     """In the place of a CUDA graph: the computation itself, run again into the captured tensors."""
 
