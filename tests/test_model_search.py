@@ -622,6 +622,7 @@ def test_channels_without_variance_give_no_nan():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_bfloat16_leads_to_the_alphas_of_float32():
     """softmax(alpha) and softmax(beta) after 20 steps of a search within 2 %."""
     results = []

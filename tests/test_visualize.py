@@ -277,6 +277,7 @@ def test_animation(tmp_path):
     assert Image.open(folder / "cells.gif").n_frames == 3
 
 
+@pytest.mark.slow
 def test_without_matplotlib_scripts_run_and_say_what_to_install(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     code = (
