@@ -7,6 +7,7 @@ from then on `--arch MyCell` means it.
 import ast
 import difflib
 import json
+import numbers
 import os
 import random
 import reprlib
@@ -290,6 +291,10 @@ def _check_cell(cell, edges, concat, ops):
         if op not in ops:
             hint = f"{_nearest(op, ops)} (known: {', '.join(ops)})"
             raise GenotypeError(f"{where}: unknown op {_short(op)}{hint}")
+        if isinstance(node, numbers.Integral) and not isinstance(node, int):
+            raise GenotypeError(
+                f"{where}: input {node} is of type {type(node).__name__}; give an int"
+            )
         if type(node) is not int or not 0 <= node <= newest:
             hint = f"node {newest + 1} reads nodes of 0..{newest}"
             raise GenotypeError(f"{where}: input {_short(node)} does not exist; {hint}")

@@ -8,6 +8,7 @@ import random
 import sys
 from collections import namedtuple
 
+import numpy as np
 import pytest
 
 import genotypes
@@ -154,6 +155,10 @@ WRONG = {
     ),
     "negative": (cell(("skip_connect", -1), PAIR[0]), "normal[0]: input -1 does not"),
     "bool": (cell(PAIR[0], ("skip_connect", True)), "normal[1]: input True does not"),
+    "numpy": (
+        cell(PAIR[0], ("skip_connect", np.int64(1))),
+        "input 1 is of type int64; give an int",
+    ),
     "float": (cell(PAIR[0], ("skip_connect", 1.0)), "normal[1]: input 1.0 does not"),
     "string": (cell(PAIR[0], ("skip_connect", "1")), "normal[1]: input '1' does not"),
     "huge": (cell(PAIR[0], ("skip_connect", 1 << 99999)), "normal[1]: input a huge number"),
