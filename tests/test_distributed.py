@@ -1,5 +1,6 @@
 """Several processes over gloo against one process with the same global batch."""
 
+import multiprocessing
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from test_imagenet import fill
 from utils import UserError
 
 CPU = torch.device("cpu")
+# torch is imported once, not in every process.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["train", "train_search"])
 RUN = SimpleNamespace(  # a runs.Run that saves nothing
     log=SimpleNamespace(info=lambda *args: None), unfinished=None, epoch=0, step=lambda figures: 0
 )
@@ -27,7 +30,9 @@ RUN = SimpleNamespace(  # a runs.Run that saves nothing
 def in_processes(n, function, *args):
     """[what function(*args) returns in each of n processes]."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (n, folder, function, args), nprocs=n)
+        torch.multiprocessing.start_processes(
+            _process, (n, folder, function, args), nprocs=n, start_method="forkserver"
+        )
         return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(n)]
 
 
