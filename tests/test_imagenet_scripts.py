@@ -182,7 +182,6 @@ def test_training_under_torchrun_counts_every_image_once(cwd):
     assert len(state["generators"]) == 2 and state["epoch"] == 1
 
 
-@pytest.mark.slow
 def test_the_auxiliary_head_needs_224_pixels(cwd):
     flags = f"{TRAIN} --epochs 1 --auxiliary --input_size 224 --batch_size 64 --save auxiliary"
     flags += " --lr_scheduler cosine --amp --classes 10"
@@ -205,7 +204,6 @@ def test_what_torchrun_cannot_do_is_one_line(cwd):
     assert process.returncode != 0 and "leave --gpu and --device out" in lines[0]
 
 
-@pytest.mark.slow
 def test_bfloat16_and_synchronized_norms_go_together(cwd):
     """In both scripts; a share of one image is enough."""
     flags = "--amp --sync_bn --epochs 1"
