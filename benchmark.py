@@ -68,7 +68,8 @@ def main(args):
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     results, path = {"machine": machine}, Path(args.json)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):  # told before measuring
+    place = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not os.access(place, os.W_OK):  # told before measuring
         raise utils.UserError(f"--json {path} cannot be written: name another file")
     for name in TABLES if args.what == "all" else [args.what]:
         utils.set_seed(0)
@@ -351,17 +352,12 @@ def in_turns(steps, args):
     seconds = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            wait(args.device)
+            costs.wait(args.device)
             start = time.perf_counter()
             step()
-            wait(args.device)
+            costs.wait(args.device)
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def hardware(device):

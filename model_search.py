@@ -339,21 +339,11 @@ class Network(nn.Module):
         return self
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As nn.Module's; accepts a `module.` prefix, and a state dict without alphas and betas.
-
-        A parameter may stand there by its name in named_parameters(), too, which the fast form's
-        state dict does not use; it counts then.
-        """
+        """As nn.Module's; accepts a `module.` prefix, and a state dict without alphas and betas."""
         state_dict = without_module_prefix(state_dict)
         for name in self._arch_names:
             state_dict.setdefault(name, getattr(self, name).detach())
-        more, named = state_dict.keys() - self.state_dict().keys(), {}
-        for name, parameter in self.named_parameters():
-            if name in more and state_dict[name].shape == parameter.shape:
-                named[parameter] = state_dict.pop(name)
         keys = super().load_state_dict(state_dict, strict, assign)
-        for parameter, values in named.items():
-            parameter.data.copy_(values)
         for tensor in self.arch_parameters():  # which `assign` replaces by what requires none
             tensor.requires_grad_()
         return keys

@@ -61,7 +61,7 @@ def main(args):
         model = searches.supernet(args, len(parts[0].classes), criterion, "imagenet")
         fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
         costs.check_size(model, args.input_size, fewest)
-    shape = args.batch_size // distributed.world_size(), args.input_size
+    shape = distributed.part(args.batch_size), args.input_size
     model, measured = forms.choose(model, args, device, shape)
     if args.sync_bn:
         model = distributed.synchronized(model, device)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import genotypes
 import utils
-from harness import drawing, flags, report, script
+from harness import drawing, flags, plots, report, script
 from tas import pictures as tas_pictures
 
 
@@ -53,7 +53,7 @@ def main(args):
     if args.animate:
         if len(runs) > 1:
             raise utils.UserError("--animate takes one run: give one folder")
-        print(report.animate(runs[0], (out or folders[0]) / "cells.gif"))
+        print(plots.animate(runs[0], (out or folders[0]) / "cells.gif"))
     if args.format and len(runs) == 1:
         for title, (_, figure) in report.pictures(runs[0]).items():
             name = re.sub(r"\W+", "-", title)

@@ -12,8 +12,6 @@ was when called again with the same flags; --seeds, --searches and --cells may g
 results.md, results.csv and, where it searched, searches.csv into --root.
 """
 
-import csv
-import io
 import itertools
 import re
 import shlex
@@ -24,7 +22,7 @@ import torch
 
 import genotypes
 import utils
-from harness import costs, data, files, flags, protocol, report, script
+from harness import costs, files, flags, protocol, report, script
 from model import build
 from operations import OPS
 
@@ -63,7 +61,8 @@ def main(args):
     if args.every > 1:
         if args.set != "folder":
             raise utils.UserError(f"--every {args.every} is of --set folder: leave it out")
-        images, of = every(Path(args.data), root, args.every), f"-every{args.every}"
+        images = protocol.thinned(args.data, root, args.every, args.every)
+        of = f"-every{args.every}"
     common = ["--set", args.set, "--data", images]
 
     searches = {}
@@ -95,25 +94,6 @@ def recipe(args):
     words = [word for name, value in size.items() for word in (f"--{name}", value)]
     words += ["--cutout", *(["--auxiliary"] if size == PUBLISHED else ["--drop_path_prob", 0])]
     return [*words, *shlex.split(args.train_flags)]
-
-
-def every(folder, root, n):
-    """A folder of links to each n-th image, by name, of each class; returns it."""
-    subset = root / f"every-{n}"
-    for half in ("train", "test"):
-        if not (folder / half).is_dir():
-            raise utils.UserError(f"{folder} has no {half} folder: give the data of the set")
-        classes = data.class_names(folder / half)
-        samples = sorted(data.image_files(folder / half, classes))  # by class, then by name
-        for label, of_class in itertools.groupby(samples, key=lambda sample: sample[1]):
-            links = subset / half / classes[label]
-            links.mkdir(parents=True, exist_ok=True)
-            for path, _ in itertools.islice(of_class, 0, None, n):
-                link = links / Path(path).name
-                if not link.exists():
-                    link.unlink(missing_ok=True)  # to an image that has moved
-                    link.symlink_to(Path(path).resolve())
-    return subset
 
 
 def finished(folder):
@@ -206,9 +186,9 @@ def write(root, names, searches, trained):
     parts.append(protocol.table(header, lines))
     text = "\n\n".join(parts) + "\n"
     files.write(root / "results.md", text.encode())
-    files.write(root / "results.csv", as_csv(cells))
+    protocol.write_csv(root / "results.csv", cells)
     if found:
-        files.write(root / "searches.csv", as_csv(found))
+        protocol.write_csv(root / "searches.csv", found)
     return text
 
 
@@ -221,15 +201,6 @@ def command(about):
         if not left_out:
             words.append(word)
     return shlex.join(words)
-
-
-def as_csv(rows):
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ each of the seeds. Call it again to go on where it was stopped. Prints the table
 ROOT/results.md, and every run's figures in ROOT/results.csv. What came out stands in docs/reid.md.
 """
 
-import csv
 from pathlib import Path
 
 from harness import files, flags, protocol, script
@@ -65,11 +64,8 @@ def main(args):
                 "--arch", arch, "--seed", seed,
             )  # fmt: skip
             results.append(result(folder, network, seed))
-    with open(root / "results.csv", "w", newline="") as file:
-        lines = [line for results in runs.values() for line in results]
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    lines = [line for results in runs.values() for line in results]
+    protocol.write_csv(root / "results.csv", lines)
     text = table(runs)
     files.write(root / "results.md", f"{text}\n".encode())
     print(text)

@@ -9,17 +9,13 @@ the same multiply-adds. Every run once: stopped, the same command goes on. Ends 
 results.md and results.csv under --root. What came out stands in docs/tas.md.
 """
 
-import csv
 import json
-import os
-import shutil
 import statistics
 from pathlib import Path
 
 from harness import files, flags, protocol, script
 from tas import found
 from train_search_tas import ratio
-from utils import UserError
 
 COLUMNS = (
     "network", "seed", "run", "test_top1", "test_loss", "train_loss", "multiply_adds_m",
@@ -52,10 +48,10 @@ def get_args():
 def main(args):
     root = Path(args.root)
     root.mkdir(parents=True, exist_ok=True)
-    keep_settings(root / "settings.json", vars(args))
-    data = Path(args.data).expanduser()
+    data, of = args.data, ""
     if args.set == "folder" and max(args.train_every, args.test_every) > 1:
-        data = thinned(data, root, args.train_every, args.test_every)
+        data = protocol.thinned(data, root, args.train_every, args.test_every)
+        of = f"-every-{args.train_every}-{args.test_every}"
     common = ["--set", args.set, "--data", data, "--input_size", args.input_size]
     common += ["--batch_size", args.batch_size]
     common += ["--learning_rate", args.learning_rate, *["--amp"] * args.amp]
@@ -65,7 +61,7 @@ def main(args):
         alike = [*common, "--seed", seed, "--epochs", args.epochs]
 
         def train(network, *flags, seed=seed, alike=alike):
-            name = f"{network}-s{seed}".replace(", ", "-").replace(" ", "")
+            name = f"{network}{of}-s{seed}".replace(", ", "-").replace(" ", "")
             folder = protocol.run("eval", name, root, "train_tas.py", *flags, *alike)
             runs.setdefault(network, []).append(folder)
             return folder
@@ -73,7 +69,7 @@ def main(args):
         teacher = train("unpruned", "--arch", "unpruned", "--depth", args.depth)
         searches.append(
             protocol.run(
-                "search", f"s{seed}", root, "train_search_tas.py", *common, "--seed", seed,
+                "search", f"s{seed}{of}", root, "train_search_tas.py", *common, "--seed", seed,
                 "--epochs", args.search_epochs, "--depth", args.depth, "--flop_ratio",
                 args.flop_ratio, "--arch_learning_rate", args.arch_learning_rate,
             )
@@ -84,44 +80,10 @@ def main(args):
             train(network, "--arch", arch)
 
     results = [figures(name, folder) for name, each in runs.items() for folder in each]
-    with open(root / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
+    protocol.write_csv(root / "results.csv", results)
     tables = f"{networks_table(results)}\n\n{searches_table(searches)}\n"
     files.write(root / "results.md", tables.encode())
     print(tables)
-
-
-def keep_settings(path, settings):
-    """Writes what the runs are made with; UserError where runs made with other settings lie."""
-    free = ("root", "data", "seeds", "random")  # which add runs and change none
-    settings = {name: value for name, value in settings.items() if name not in free}
-    if path.exists():
-        kept = json.loads(path.read_text())
-        for name, value in settings.items():
-            if kept.get(name) != value:
-                said = f"{path.parent} has runs with --{name} {kept.get(name)}, not {value}"
-                raise UserError(f"{said}: give that, or another --root")
-    files.write(path, (json.dumps(settings, indent=2) + "\n").encode())
-
-
-def thinned(data, root, train_every, test_every):
-    """A folder set of links to each n-th image of every class of `data`, by name."""
-    folder = root / f"data-{train_every}-{test_every}"
-    if folder.exists():
-        return folder
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    for part, every in (("train", train_every), ("test", test_every)):
-        if not (data / part).is_dir():
-            raise UserError(f"{data} has no {part} folder: give --data with train and test")
-        for name in sorted(path.name for path in (data / part).iterdir() if path.is_dir()):
-            (beside / part / name).mkdir(parents=True)
-            for image in sorted((data / part / name).iterdir())[::every]:
-                os.symlink(image.resolve(), beside / part / name / image.name)
-    beside.replace(folder)
-    return folder
 
 
 def others(root, teacher, args):

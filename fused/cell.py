@@ -101,14 +101,18 @@ class Stacked(nn.ParameterList):
         pass
 
 
+def touched(module):
+    """In a few words what somebody has done to a module that a fast form would not follow."""
+    if any("_hooks" in name and value for name, value in vars(module).items()):
+        return f"the hooks of {type(module).__name__}"
+    if not all(parameter.requires_grad for parameter in module.parameters()):
+        return f"a parameter of {type(module).__name__} that does not learn"
+    return None
+
+
 def is_ordinary(op):
     """Whether its norms learn nothing, all else does, and nobody has hooked himself in."""
-    return not any(
-        getattr(module, "affine", False)
-        or any("_hooks" in name and value for name, value in vars(module).items())
-        or not all(parameter.requires_grad for parameter in module.parameters())
-        for module in op.modules()
-    )
+    return not any(getattr(part, "affine", False) or touched(part) for part in op.modules())
 
 
 class Edge(nn.Module):
@@ -533,6 +537,12 @@ class Cell(nn.Module):
                 with torch.no_grad():
                     tensor.copy_(value)
         known = tuple(f"{prefix}{name}." for name in ("preprocess0", "preprocess1", "_ops"))
+        # A parameter by its own name, of named_parameters() laid over a state dict, counts, too.
+        for name, parameter in self.named_parameters(prefix.removesuffix(".")):
+            fits = name in state and state[name].shape == parameter.shape
+            if fits and not name.startswith(known):
+                with torch.no_grad():
+                    parameter.copy_(state.pop(name))
         if strict:
             own = (name for name in state if name.startswith(prefix))
             unexpected.extend(name for name in own if not name.startswith(known))

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fused.cell import touched
+
 TOLERANCE = 1e-8  # relative, in float64; the two agree to some 1e-13
 # What the fast cell knows of the modules of a cell, besides weights, statistics and submodules.
 KNOWN = {"k", "stride", "sampling", "reduction", "_steps", "_multiplier"} | set(vars(nn.Module()))
@@ -101,10 +103,8 @@ def _unknown(paper, fast):
         name = type(module).__name__
         for attribute in sorted(vars(module).keys() - KNOWN) + _class_attributes(module):
             return f"{name}.{attribute}"
-        if any("_hooks" in key and value for key, value in vars(module).items()):
-            return f"the hooks of {name}"
-        if not all(parameter.requires_grad for parameter in module.parameters()):
-            return f"a parameter of {name} that does not learn"
+        if touched(module):
+            return touched(module)
     return None
 
 

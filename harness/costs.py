@@ -42,22 +42,28 @@ def check_size(model, size, images=2):
     raise ValueError(f"images of {size} x {size}: {why}; {hint}")
 
 
-class _Calls(TorchDispatchMode):
-    def __init__(self):
+class Calls(TorchDispatchMode):
+    """Within it `seen(name, args, kwargs, out)` is told each aten function called but views."""
+
+    def __init__(self, seen):
         super().__init__()
-        self.names = Counter()
+        self.seen = seen
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._schema.is_mutable or not _memory(out) <= _memory((args, kwargs)):
-            self.names[func.overloadpacket.__name__] += 1
+            self.seen(func.overloadpacket.__name__, args, kwargs, out)
         return out
 
 
+def tensors_in(tree):
+    """The tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def _memory(tree):
-    """The addresses of all tensors' storages in nested lists, tuples and dicts."""
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    """The storages of all tensors in a tree, by what stays theirs on meta, too."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors_in(tree)}
 
 
 def aten_calls(function):
@@ -66,9 +72,10 @@ def aten_calls(function):
     A view writes nothing and returns only memory of its flags. Each of the others is at least
     one kernel launch on a GPU, except for the few that only allocate.
     """
-    with _Calls() as calls:
+    names = Counter()
+    with Calls(lambda name, *_: names.update([name])):
         function()
-    return calls.names
+    return names
 
 
 def bytes_kept(function, parameters=()):
@@ -81,8 +88,8 @@ def bytes_kept(function, parameters=()):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -138,6 +145,14 @@ def _held(thing, seen):
         inside = getattr(thing, "__dict__", {}).values()
     for each in inside:
         yield from _held(each, seen)
+
+
+def wait(device):
+    """Until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def peak_memory(device):

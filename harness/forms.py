@@ -13,7 +13,7 @@ import torch
 
 import fused
 from architect import Architect
-from harness import distributed, loops
+from harness import costs, distributed, loops
 from harness.flags import FORMS
 from model_search import Network
 
@@ -157,17 +157,12 @@ def seconds(steps, device):
     steps()
     times = []
     for _ in range(ROUNDS):
-        _wait(device)
+        costs.wait(device)
         start = time.perf_counter()
         steps()
-        _wait(device)
+        costs.wait(device)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _free(device):

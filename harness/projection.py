@@ -11,15 +11,12 @@ import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fused.gradients import frozen
-from harness import flags, script
+from harness import costs, flags, report, script
 from model_search import Network
 
 LAUNCH, IN_GRAPH = 5e-6, 1.5e-6  # seconds a kernel: from Python, in a CUDA graph (assumed)
@@ -42,31 +39,23 @@ class Kernel:
         return max(launch, self.bytes / bandwidth, self.operations / peak)
 
 
-class Count(TorchDispatchMode):
+class Count(costs.Calls):
     """The kernels that are called within it, in `kernels`."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(self._seen)
         self.kernels = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
-        computes = func._schema.is_mutable or not _storages(out) <= _storages((args, kwargs))
-        if computes and "empty" not in name:
-            size, operations = sum(map(_bytes, tensors)), 0
-            if name in ("convolution", "convolution_backward"):
-                name, operations = _convolution(name, args, out)
-            elif name in ("mm", "addmm", "bmm", "baddbmm"):
-                *_, first, second = [leaf for leaf in tree_leaves(args) if torch.is_tensor(leaf)]
-                operations = 2 * first.numel() * second.shape[-1]
-            self.kernels.append(Kernel(name, size, operations))
-        return out
-
-
-def _storages(tree):
-    return {x.untyped_storage()._cdata for x in tree_leaves(tree) if torch.is_tensor(x)}
+    def _seen(self, name, args, kwargs, out):
+        if "empty" in name:
+            return
+        size, operations = sum(map(_bytes, costs.tensors_in((args, kwargs, out)))), 0
+        if name in ("convolution", "convolution_backward"):
+            name, operations = _convolution(name, args, out)
+        elif name in ("mm", "addmm", "bmm", "baddbmm"):
+            *_, first, second = costs.tensors_in(args)
+            operations = 2 * first.numel() * second.shape[-1]
+        self.kernels.append(Kernel(name, size, operations))
 
 
 def _bytes(tensor):
@@ -133,33 +122,36 @@ def get_args():
 
 
 def main(args):
-    counted = {fused: count(fused, args.batch_size) for fused in (False, True)}
-    names = " | ".join(f"{gpu}, ms" for gpu in GPUS)
-    print(f"| step | form | kernels | GB moved | 10^9 operations | {names} |")
-    print("|---" * (5 + len(GPUS)) + "|")
-    for step in ("weight step", "architecture step"):
-        for form, (fused, graph) in FORMS.items():
-            parts = counted[fused][step]
-            kernels = [*parts[0], *parts[1]]
-            times = [f"{1e3 * seconds(*parts, gpu, graph):.1f}" for gpu in GPUS]
-            row = [step, form, len(kernels), f"{sum(k.bytes for k in kernels) / 1e9:.1f}"]
-            row += [f"{sum(k.operations for k in kernels) / 1e9:.0f}", *times]
-            print("| " + " | ".join(map(str, row)) + " |")
+    counts = {fused: count(fused, args.batch_size) for fused in (False, True)}
+    rows = []
+    for step, (form, (fused, graph)) in itertools.product(counts[True], FORMS.items()):
+        parts = counts[fused][step]
+        row = {"step": step, "form": form, **totals(itertools.chain(*parts), "kernels")}
+        times = {f"{gpu}, ms": f"{1e3 * seconds(*parts, gpu, graph):.1f}" for gpu in GPUS}
+        rows.append(row | times)
+    print(report.markdown(rows))
     for form, (fused, _) in list(FORMS.items())[:2]:
-        print(f"\n{form}, weight step:\n\n| kernel | calls | GB moved | 10^9 operations | ms of "
-              "bytes, H200 | ms in a graph, H200 |\n|---|---|---|---|---|---|")  # fmt: skip
         groups = defaultdict(list)
-        for kernel in itertools.chain(*counted[fused]["weight step"]):
+        for kernel in itertools.chain(*counts[fused]["weight step"]):
             groups[kernel.name].append(kernel)
+        spent = {name: sum(k.seconds("H200", IN_GRAPH) for k in groups[name]) for name in groups}
         rows = []
-        for name, group in groups.items():
-            total = SimpleNamespace(
-                b=sum(k.bytes for k in group), o=sum(k.operations for k in group)
-            )
-            rows.append((sum(k.seconds("H200", IN_GRAPH) for k in group), name, len(group), total))
-        for spent, name, calls, total in sorted(rows, key=lambda row: -row[0])[:14]:
-            print(f"| {name} | {calls} | {total.b / 1e9:.2f} | {total.o / 1e9:.1f} | "
-                  f"{1e3 * total.b / GPUS['H200'][0]:.2f} | {1e3 * spent:.2f} |")  # fmt: skip
+        for name in sorted(spent, key=spent.get, reverse=True)[:14]:
+            bytes_ms = 1e3 * sum(k.bytes for k in groups[name]) / GPUS["H200"][0]
+            row = {"kernel": name, **totals(groups[name], "calls", 2, 1)}
+            times = {"ms of bytes, H200": bytes_ms, "ms in a graph, H200": 1e3 * spent[name]}
+            rows.append(row | {column: f"{ms:.2f}" for column, ms in times.items()})
+        print(f"\n{form}, weight step:\n\n{report.markdown(rows)}")
+
+
+def totals(kernels, what, gigabytes=1, operations=0):
+    """Three columns of a table: how many, GB, 10^9 operations; the digits of the latter two."""
+    kernels = list(kernels)
+    return {
+        what: len(kernels),
+        "GB moved": f"{sum(k.bytes for k in kernels) / 1e9:.{gigabytes}f}",
+        "10^9 operations": f"{sum(k.operations for k in kernels) / 1e9:.{operations}f}",
+    }
 
 
 if __name__ == "__main__":

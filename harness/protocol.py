@@ -5,16 +5,16 @@ The scripts under evidence/ list the commands and read the figures off the folde
 
 import csv
 import glob
+import io
 import itertools
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from harness import files
+from harness import data, files, report
 from harness.flags import FREE as FREE_NAMES
 from utils import UserError
 
@@ -99,15 +99,45 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+def write_csv(path, rows):
+    """Writes rows, dicts, with a column for each of their names; a file without rows is empty."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    if rows:
+        writer.writeheader()
+        writer.writerows(rows)
+    files.write(Path(path), text.getvalue().encode())
+
+
 def mean(figures, digits=2):
     """The text MEAN ± STD (N runs), of one run the figure alone; STD divides by N - 1."""
-    text = f"{statistics.mean(figures):.{digits}f}"
-    if len(figures) > 1:
-        text += f" ± {statistics.stdev(figures):.{digits}f}"
-    return f"{text} ({len(figures)} run{'s' * (len(figures) > 1)})"
+    return f"{report.mean(figures, digits)} ({len(figures)} run{'s' * (len(figures) > 1)})"
 
 
 def table(header, lines):
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def thinned(folder, root, train_every, test_every):
+    """A folder in `root` of links to each n-th image, by name, of each class of a folder set.
+
+    Raises UserError where `folder` has no train or test folder.
+    """
+    folder, subset = Path(folder).expanduser(), Path(root, f"data-{train_every}-{test_every}")
+    for half, n in (("train", train_every), ("test", test_every)):
+        if not (folder / half).is_dir():
+            raise UserError(f"{folder} has no {half} folder: give the data of the set")
+        classes = data.class_names(folder / half)
+        samples = sorted(data.image_files(folder / half, classes))  # by class, then by name
+        for label, of_class in itertools.groupby(samples, key=lambda sample: sample[1]):
+            links = subset / half / classes[label]
+            links.mkdir(parents=True, exist_ok=True)
+            for path, _ in itertools.islice(of_class, 0, None, n):
+                link = links / Path(path).name
+                if not link.exists():
+                    link.unlink(missing_ok=True)  # to an image that has moved
+                    link.symlink_to(Path(path).resolve())
+    return subset

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from harness import distributed
+from harness import costs, distributed
 from harness.files import read_args
 from model import Cell
 from utils import UserError
@@ -49,19 +49,14 @@ def layout_seconds(network, images, args, device, steps=5):
     for step in range(2 + steps):
         for name, layout in LAYOUTS.items():
             network.layout = layout
-            _wait(device)
+            costs.wait(device)
             start = time.perf_counter()
             _try_step(network, images, args, device)
-            _wait(device)
+            costs.wait(device)
             if step >= 2:
                 seconds[name] = min(seconds[name], time.perf_counter() - start)
     network.layout = before
     return seconds
-
-
-def _wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _try_step(network, images, args, device):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness import distributed
+from harness import costs, distributed
 from harness.loops import Figures
 from tas import losses
 from tas.pruned import multiply_adds
@@ -123,16 +123,11 @@ def latencies(networks, images, repeats=10):
         network.eval()
     for _ in range(repeats + 1):
         for network, mine in zip(networks, times, strict=True):
-            _wait(images.device)
+            costs.wait(images.device)
             begun = time.perf_counter()
             network(images)
-            _wait(images.device)
+            costs.wait(images.device)
             mine.append(1e3 * (time.perf_counter() - begun))
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
     return [statistics.median(mine[1:]) for mine in times]
-
-
-def _wait(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()

@@ -4,12 +4,12 @@ import json
 import re
 from pathlib import Path
 
-from harness import drawing, report
+from harness import drawing, plots, report
 from tas import found, shapes
 from tas.pruned import kept_blocks
 from utils import UserError
 
-GREY, BLUE, ORANGE = "#bbbbbb", report.BLUE, report.ORANGE
+GREY, BLUE, ORANGE = "#bbbbbb", plots.BLUE, plots.ORANGE
 
 
 def write_report(folder, path=None):
@@ -117,15 +117,15 @@ def probabilities(last):
 
 def multiply_adds(run):
     """Expected and argmax multiply-adds over the epochs, the target and what costs nothing."""
-    figure, [axis] = report.subplots(1, 7.2, 2.4)
+    figure, [axis] = plots.subplots(1, 7.2, 2.4)
     args, target = run.about["args"], run.column("target_m")
     unpruned = target[0] / args["flop_ratio"]
     axis.axhspan(target[0] - args["tolerance"] * unpruned, target[0], color="#000000", alpha=0.08,
                  linewidth=0, label="costs nothing")  # fmt: skip
-    report.line(axis, target, "target", report.RED, linestyle="--")
-    report.line(axis, run.column("expected_m"), "expected", BLUE)
-    report.line(axis, run.column("argmax_m"), "by argmax", ORANGE)
-    report.epochs_axis(axis, len(run.rows))
+    plots.line(axis, target, "target", plots.RED, linestyle="--")
+    plots.line(axis, run.column("expected_m"), "expected", BLUE)
+    plots.line(axis, run.column("argmax_m"), "by argmax", ORANGE)
+    plots.epochs_axis(axis, len(run.rows))
     axis.set_ylabel("multiply-adds (M)")
     axis.legend(frameon=False)
     return figure

@@ -132,38 +132,6 @@ def batch(n, device="cpu", size=8, seed=0, dtype=torch.float64):
 # The published figures
 
 
-def golden(case, form, captured, device, dtype, record):
-    file, arguments = CASES[case]
-    figures, config = recipe.golden(file, case)
-    seed, n, size, classes = (config[key] for key in ("seed", "n", "size", "classes"))
-    fast, layout = flags.FORMS[form]
-    criterion = nn.CrossEntropyLoss()
-    shape = config["C"], classes, config["layers"]
-    network = Network(*shape, criterion, fused=fast, **({"k": 4} | arguments))
-    network.layout = layout
-    recipe.fill(network, seed).to(device, dtype).train()
-    x, y = recipe.batch(seed, "valid0", n, size, classes)
-    x, y = x.to(device, dtype), y.to(device)
-    kept = copy.deepcopy(network.state_dict())
-    gradients = Replayed(network, criterion, graphs=captured)
-    arch = network.arch_parameters()
-    for _ in range(Gradients.WARM_UP + 2 if captured else 1):
-        loss, logits, values = gradients(arch, x, y)
-    assert gradients.captures == captured and gradients.reason is None
-    rounding = 1e-9 if dtype == torch.float64 else 1e-3
-    errors = [near(loss, figures["loss_train"], rounding, "loss")]
-    errors.append(near(logits, figures["logits_train"], rounding, "logits"))
-    for name, value in zip(NAMES, values, strict=False):
-        # In float32 rounding moves a ReLU or a maximum here and there, and such gradients jump.
-        jump = rounding if dtype == torch.float64 else 3e-2
-        errors.append(near(value, figures[f"grad_{name}"], jump, name))
-    network.load_state_dict(kept)
-    with torch.no_grad():
-        logits = network.eval()(x)
-    errors.append(near(logits, figures["logits_eval"], rounding, "evaluation"))
-    record("largest relative error", f"{max(errors):.1e}")
-
-
 TYPES = {"float64": torch.float64, "float32": torch.float32}
 CASES_ON_GPU = itertools.product(CASES, flags.FORMS, (False, True), TYPES, ["cuda"])
 CASES_ON_CPU = [*itertools.product(["cifar_k4"], flags.FORMS, [False], TYPES, ["cpu"])]

@@ -301,22 +301,25 @@ def test_an_unfinished_search_or_no_search_is_an_error(tmp_path, monkeypatch):
         cells.main(args)
 
 
-def test_each_third_image_of_each_class(tmp_path):
+def test_each_third_image_of_each_class_to_train_on_and_each_second_to_test(tmp_path):
     for half, count in (("train", 7), ("test", 3)):
         for name in ("cat", "dog"):
             (tmp_path / "all" / half / name).mkdir(parents=True)
             for i in range(count):
                 (tmp_path / "all" / half / name / f"{i}.png").write_text(f"{half} {name} {i}")
     for _ in range(2):  # the second time all links are there
-        subset = cells.every(tmp_path / "all", tmp_path / "root", 3)
+        subset = protocol.thinned(tmp_path / "all", tmp_path / "root", 3, 2)
         found = sorted(path.read_text() for path in subset.glob("*/*/*"))
-        names = [f"train {name} {i}" for name in ("cat", "dog") for i in (0, 3, 6)]
-        assert found == ["test cat 0", "test dog 0", *names]
+        names = [f"test {name} {i}" for name in ("cat", "dog") for i in (0, 2)]
+        names += [f"train {name} {i}" for name in ("cat", "dog") for i in (0, 3, 6)]
+        assert found == names
+        places = sorted(str(path.relative_to(subset)) for path in subset.glob("*/*/*"))
+        assert places == [name.replace(" ", "/") + ".png" for name in names]
     shutil.move(tmp_path / "all", tmp_path / "moved")
-    subset = cells.every(tmp_path / "moved", tmp_path / "root", 3)
-    assert len([path for path in subset.glob("*/*/*") if path.exists()]) == 8
+    subset = protocol.thinned(tmp_path / "moved", tmp_path / "root", 3, 2)
+    assert len([path for path in subset.glob("*/*/*") if path.exists()]) == 10
     with pytest.raises(UserError, match="has no train folder"):
-        cells.every(tmp_path / "all", tmp_path / "root", 3)
+        protocol.thinned(tmp_path / "all", tmp_path / "root", 3, 2)
 
 
 # evidence.collect

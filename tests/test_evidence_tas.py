@@ -77,7 +77,9 @@ def test_the_protocol_goes_on_after_a_stop_and_ends_with_its_tables(tmp_path):
 
     process = start(root, TOY.replace(" --epochs 1 ", " --epochs 2 "))
     said = process.communicate()[0]
-    assert process.returncode == 2 and "has runs with --epochs 1, not 2" in said, said
+    assert process.returncode == 2 and "was begun with --epochs 1, now it is --epochs 2" in said, (
+        said
+    )
     assert "Traceback" not in said
 
 
@@ -97,27 +99,22 @@ def test_tables_have_means_of_the_runs_and_of_all_random_ones():
     ]
 
 
-def test_a_thinned_folder_links_to_each_nth_image(tmp_path):
-    for part, count in (("train", 7), ("test", 4)):
+def test_other_images_are_other_runs(tmp_path, monkeypatch):
+    """--data may be given anew to a run, so which images of it are taken is in the runs' names."""
+    for half in ("train", "test"):
         for name in ("cat", "dog"):
-            (tmp_path / "full" / part / name).mkdir(parents=True)
-            for i in range(count):
-                (tmp_path / "full" / part / name / f"{i}.jpg").write_text(f"{part} {name} {i}")
-    folder = protocol_of_tas.thinned(tmp_path / "full", tmp_path, 3, 2)
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
-    cats = ["test/cat/0.jpg", "test/cat/2.jpg"]
-    assert [name for name in names if name.startswith("test/cat")] == cats
-    train = [f"train/dog/{i}.jpg" for i in (0, 3, 6)]
-    assert [name for name in names if name.startswith("train/dog")] == train and len(names) == 10
-    assert (folder / "train/dog/6.jpg").read_text() == "train dog 6"
-    assert protocol_of_tas.thinned(tmp_path / "full", tmp_path, 3, 2) == folder
-    with pytest.raises(UserError, match="has no train folder"):
-        protocol_of_tas.thinned(tmp_path / "nothing", tmp_path, 2, 2)
+            (tmp_path / "all" / half / name).mkdir(parents=True)
+            (tmp_path / "all" / half / name / "0.png").touch()
+    names = []
 
+    def run(kind, name, root, script, *flags):
+        names.append(name)
+        raise UserError("enough")
 
-def test_settings_must_stay_but_seeds_may_be_added(tmp_path):
-    path, settings = tmp_path / "settings.json", {"epochs": 6, "seeds": 2, "data": "here"}
-    for seeds in (2, 3):
-        protocol_of_tas.keep_settings(path, settings | {"seeds": seeds, "data": "there"})
-    with pytest.raises(UserError, match="has runs with --epochs 6, not 7"):
-        protocol_of_tas.keep_settings(path, settings | {"epochs": 7})
+    monkeypatch.setattr(protocol_of_tas.protocol, "run", run)
+    for every in ("--train_every 20", "--train_every 10", "--train_every 1 --test_every 1"):
+        flags = f"--data {tmp_path}/all --root {tmp_path}/runs {every}"
+        monkeypatch.setattr(sys, "argv", ["tas.py", *flags.split()])
+        with pytest.raises(UserError, match="enough"):
+            protocol_of_tas.main(protocol_of_tas.get_args())
+    assert names == ["unpruned-every-20-5-s0", "unpruned-every-10-5-s0", "unpruned-s0"]

@@ -17,7 +17,7 @@ import pytest
 
 import genotypes
 from genotypes import Genotype
-from harness import drawing, files, report
+from harness import drawing, files, plots, report
 from helpers import warm_python
 
 pytest.importorskip("matplotlib")
@@ -221,11 +221,11 @@ def test_a_report_of_a_row_that_is_being_written(tmp_path):
 
 def test_the_curves_mark_last_and_best(tmp_path):
     record = report.read(a_training(tmp_path / "run", [50.0, 80.0, 70.0]))
-    accuracy = report.curves(record).axes[1]
+    accuracy = plots.curves(record).axes[1]
     marked = {line.get_label(): line.get_xydata().tolist() for line in accuracy.lines}
     assert marked["best: 80.00 %"] == [[2, 80]] and marked["last: 70.00 %"] == [[3, 70]]
     assert "70.00 % after the last epoch" in report.headline(record)
-    frozen = report.curves(report.read(a_search(tmp_path / "search", 3))).axes[0].patches
+    frozen = plots.curves(report.read(a_search(tmp_path / "search", 3))).axes[0].patches
     assert [(patch.get_x(), patch.get_width()) for patch in frozen] == [(0.5, 1.0)]
 
 
@@ -234,7 +234,7 @@ def test_the_heat_map_shows_the_softmax(tmp_path):
     lines = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
     lines[1]["softmax_alphas_normal"][3] = [0.3, *[0.1] * 7]  # the second edge of node 1
     (folder / "genotypes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figure = report.alphas(report.read(folder), "normal")
+    figure = plots.alphas(report.read(folder), "normal")
     [axis] = [axis for axis in figure.axes if axis.get_title() == "c_{k-1} to 1"]
     assert axis.images[0].get_array().tolist() == [[0.125, 0.3], *[[0.125, 0.1]] * 7]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == genotypes.PRIMITIVES
