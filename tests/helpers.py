@@ -30,6 +30,12 @@ def warm_python():
     return [sys.executable, "-S", "-E", str(warm), str(socket)]
 
 
+def torchrun(processes):
+    """The words before a script's that run it in several processes, each of a warm Python."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return [*launcher, "--standalone", "--no-python", *warm_python()]
+
+
 def copy_code(folder):
     """The scripts and their packages, to be changed there."""
     for path in ROOT.glob("*.py"):

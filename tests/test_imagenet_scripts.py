@@ -16,7 +16,7 @@ import torch
 
 import genotypes
 from harness import script
-from helpers import warm_python
+from helpers import torchrun, warm_python
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +29,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # the processes share the c
 def start(command, cwd, processes=None):
     """The process of a command, under torchrun if there are several processes."""
     script, *flags = command.split()
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    python = [sys.executable, *launcher] if processes else warm_python()
+    python = torchrun(processes) if processes else warm_python()
     return subprocess.Popen(
         [*python, ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

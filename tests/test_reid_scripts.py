@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 import genotypes
-from helpers import warm_python
+from helpers import torchrun, warm_python
 from reid import PKBatches, data
 from reid.flags import whole_numbers
 from reid.loader import Loader, embed
@@ -36,8 +35,7 @@ TRAIN = f"train_reid.py {DIGITS} --epochs 3 --eval_freq 2 --warm_up 1 --drop_pat
 
 def start(command, cwd, processes=None):
     script, *flags = command.split()
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    python = [sys.executable, *launcher] if processes else warm_python()
+    python = torchrun(processes) if processes else warm_python()
     return subprocess.Popen(
         [*python, ROOT / script, *flags], cwd=cwd,
         text=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

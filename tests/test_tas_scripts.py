@@ -16,7 +16,7 @@ from torch import nn
 
 import tas
 from harness import data, distributed, report, script
-from helpers import warm_python
+from helpers import torchrun, warm_python
 from tas import found, loops, pictures
 from test_distributed import in_processes
 from utils import UserError
@@ -32,8 +32,7 @@ TRAIN = f"train_tas.py {TINY}"
 def start(command, cwd, processes=None):
     """The process of a command, under torchrun if there are several processes."""
     name, *flags = command.split()
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    python = [sys.executable, *launcher] if processes else [*warm_python(), "-u"]
+    python = torchrun(processes) if processes else [*warm_python(), "-u"]
     return subprocess.Popen(
         [*python, ROOT / name, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
