@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import channel_shuffle
 
+import operations
 from fused import Cell as FastCell
 from fused import difference
 from genotypes import PRIMITIVES, Genotype
@@ -163,7 +164,9 @@ class Network(nn.Module):
         # The memory format of the maps; None: as the images come. Either form takes any.
         self.layout = torch.channels_last if self.fused else None
 
-        C_prev_prev = C_prev = self._make_stem(stem, stem_multiplier * C)
+        C_prev_prev = C_prev = stem_multiplier * C
+        for name, module in operations.stem(stem, C_prev).items():
+            self.add_module(name, module)
         C_curr, reduction_prev = C, stem == "imagenet"
         self.cells = nn.ModuleList()
         for i in range(layers):
@@ -182,32 +185,6 @@ class Network(nn.Module):
         for name in self._arch_names:  # 1e-3 * N(0, 1)
             shape = (edges, len(self.primitives)) if "alphas" in name else (edges,)
             self.register_buffer(name, (1e-3 * torch.randn(shape)).requires_grad_())
-
-    def _make_stem(self, stem, C):
-        """Adds the modules before the cells; returns the channels C that they give."""
-        if stem == "cifar":
-            self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
-        elif stem == "resnet":
-            self.stem = nn.Sequential(
-                nn.Conv2d(3, C, 7, stride=2, padding=3, bias=False),
-                nn.BatchNorm2d(C),
-                nn.ReLU(),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
-        else:
-            self.stem0 = nn.Sequential(
-                nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(C // 2),
-                nn.ReLU(),
-                nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(C),
-            )
-            self.stem1 = nn.Sequential(
-                nn.ReLU(),
-                nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(C),
-            )
-        return C
 
     def forward(self, x):
         """Logits (N, num_classes) of images (N, 3, H, W)."""

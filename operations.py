@@ -1,4 +1,4 @@
-"""The candidate operations of a cell (DARTS, section 3.1.1) and the blocks of cells."""
+"""The candidate operations of a cell (DARTS, section 3.1.1), the blocks of cells, and the stems."""
 
 import torch
 from torch import nn
@@ -120,3 +120,22 @@ class FactorizedReduce(nn.Module):
         # The stride is taken before the convolutions: oneDNN crashes at some strided 1x1 ones.
         halves = [self.conv_1(x[:, :, ::2, ::2]), self.conv_2(x[:, :, 1::2, 1::2])]
         return self.bn(torch.cat(halves, dim=1))
+
+
+def stem(kind, C):
+    """{name: module} of what stands before the cells: C channels of images (N, 3, H, W).
+
+    kind: "cifar", at full size; "imagenet", two modules one behind the other that give a quarter
+    and an eighth of the size; "resnet", a quarter.
+    """
+
+    def conv(C_in, C_out, size=3, stride=2):
+        return nn.Conv2d(C_in, C_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(C_out)
+
+    if kind == "cifar":
+        return {"stem": nn.Sequential(*conv(3, C, stride=1))}
+    if kind == "resnet":
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        return {"stem": nn.Sequential(*conv(3, C, 7), nn.ReLU(), pool)}
+    halves = *conv(3, C // 2), nn.ReLU(), *conv(C // 2, C)
+    return {"stem0": nn.Sequential(*halves), "stem1": nn.Sequential(nn.ReLU(), *conv(C, C))}

@@ -32,7 +32,6 @@ def get_args():
     flags.add_common_arguments(parser, batch_size=256)
     add = parser.add_argument
     add("--depth", type=flags.depth, default=20, help="layers: 20, 32, 56, 110 or another 6n + 2")
-    add("--epochs", type=flags.count, default=600, help="epochs of the weights' half")
     add("--flop_ratio", type=ratio, default=0.5, help="multiply-adds wanted, of the unpruned ones")
     add("--search_depth", action="store_true", help="search the numbers of blocks too")
     add("--tau_max", type=flags.positive, default=10.0, help="temperature of the draw, at first")
@@ -42,16 +41,13 @@ def get_args():
     add("--flop_weight", type=flags.non_negative, default=2.0, help="of the cost of multiply-adds")
     add("--tolerance", type=flags.fraction, default=0.05,
         help="multiply-adds below the target that cost nothing, of the unpruned ones")  # fmt: skip
-    add("--learning_rate", type=flags.positive, default=0.1, help="of the weights (cosine to 0)")
     add("--momentum", type=flags.fraction, default=0.9, help="of the weights' SGD (Nesterov)")
     add("--weight_decay", type=flags.non_negative, default=5e-4, help="of the weights' SGD")
-    add("--grad_clip", type=flags.positive, help="norm of the weights' gradient; None: any")
     add("--arch_learning_rate", type=flags.positive, default=1e-3, help="of the attentions' Adam")
     add("--arch_weight_decay", type=flags.non_negative, default=1e-3, help="of the attentions")
     add("--train_portion", type=flags.fraction, default=0.5, help="share of the weights' images")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
-    add("--save", default="EXP", help="name of the run: its folder is search-NAME-DATE-TIME")
-    flags.add_run_arguments(parser)
+    flags.add_run_arguments(parser, epochs=600, learning_rate=0.1)
+    parser.set_defaults(grad_clip=None)
     return flags.parse_args(parser)
 
 

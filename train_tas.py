@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import utils
-from harness import data, distributed, files, flags, loops, script
+from harness import data, distributed, files, flags, loops, script, trainings
 from harness.runs import Run
 from tas import found, shapes
 from tas import loops as tas_loops
@@ -32,16 +32,12 @@ def get_args():
     add("--teacher", metavar="RUN", help="folder of a training to distil from; None: no teacher")
     add("--temperature", type=flags.positive, default=4.0, help="T of the distillation")
     add("--distillation", type=flags.fraction, default=0.9, help="its share of the loss")
-    add("--epochs", type=flags.count, default=300, help="epochs of the training images")
-    add("--learning_rate", type=flags.positive, default=0.1, help="at first (cosine to 0)")
     add("--momentum", type=flags.fraction, default=0.9, help="of SGD (Nesterov)")
     add("--weight_decay", type=flags.non_negative, default=5e-4, help="of SGD")
-    add("--grad_clip", type=flags.positive, help="norm of the gradient; None: any")
     add("--cutout", action="store_true", help="cut a square out of every training image")
     add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
-    add("--save", default="EXP", help="name of the run: its folder is eval-NAME-DATE-TIME")
-    flags.add_run_arguments(parser)
+    flags.add_run_arguments(parser, epochs=300, learning_rate=0.1)
+    parser.set_defaults(grad_clip=None)
     return flags.parse_args(parser)
 
 
@@ -70,15 +66,15 @@ def main(args):
         teacher = found.load_trained(own(args, "teacher") or args.teacher, dataset.classes)
         teacher.to(device).eval()
 
-    model = network.network().to(device)
-    distributed.broadcast([*model.parameters(), *model.buffers()])
+    pruned = network.network().to(device)
+    model, forward = distributed.wrap(pruned, device, args), tas_loops.taught_by(teacher)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
-        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
+        pruned.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
+    parts = {"model": pruned, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
     values = {"best": [0.0, 0], "tested": {}}
     run = Run("eval", args, device, parts, values, write_report=write_report, **about)
@@ -90,26 +86,19 @@ def main(args):
             found.keep(args.teacher, run.folder / "teacher")
     introduce(run.log, args, dataset, network, teacher)
 
-    for epoch in range(run.epoch, args.epochs):
+    for _ in range(run.epoch, args.epochs):
         lr = scheduler.get_last_lr()[0]
-        figures = tas_loops.train_epoch(train, model, teacher, optimizer, args, run)
-        distributed.broadcast(model.buffers())
-        tested = loops.evaluate(test, model, criterion, args, run.log, run)
+        figures = loops.train_epoch(train, model, criterion, optimizer, args, run, forward)
+        distributed.broadcast(pruned.buffers())
+        tested = loops.evaluate(test, pruned, criterion, args, run.log, run)
+        values = trainings.report(run, args, lr, figures, tested, "test")
         scheduler.step()
-        best = max(run.values["best"], [tested["top1"], epoch + 1], key=lambda pair: pair[0])
-        run.log.info(
-            "epoch %d of %d: lr %.5f, train loss %.4f, top-1 %.2f %%, test loss %.4f, "
-            "top-1 %.2f %%, %.0f images/s, %.1f s, peak memory %.0f MiB",
-            epoch + 1, args.epochs, lr, figures["loss"], figures["top1"], tested["loss"],
-            tested["top1"], figures["images_per_second"], figures["seconds"], figures["memory_mib"],
-        )  # fmt: skip
-        tested = {f"test_{name}": tested[name] for name in ("loss", "top1", "top5")}
-        run.record({"epoch": epoch + 1, "learning_rate": lr, **figures, **tested})
-        run.epoch_done(best=best, tested=tested)
+        run.epoch_done(**values)
 
     if distributed.is_main():
-        files.save(model.state_dict(), run.folder / "weights.pt")
-        conclude(run, network, model, size, device)
+        files.save(pruned.state_dict(), run.folder / "weights.pt")
+        compare(run, network, pruned, size, device)
+        trainings.conclude(run, "test")
 
 
 def own(args, name):
@@ -134,9 +123,9 @@ def introduce(log, args, dataset, network, teacher):
     flags.advise(log, args, 256, 0.1)
 
 
-def conclude(run, network, model, size, device):
-    """The last lines: what the network costs and how well it does, beside the unpruned one."""
-    best, tested, log = run.values["best"], run.values["tested"], run.log
+def compare(run, network, model, size, device):
+    """What the network costs beside the unpruned one, in the log and in result.json."""
+    log = run.log
     whole = found.load("unpruned", network.depth, network.num_classes, size)
     unpruned = whole.network().to(device)
     counts = [utils.count_parameters_in_MB(each) for each in (model, unpruned)]
@@ -146,7 +135,8 @@ def conclude(run, network, model, size, device):
         "multiply-adds: %.3f M of %.3f M (%.1f %%)",
         *counts, 100 * counts[0] / counts[1], *adds, 100 * adds[0] / adds[1],
     )  # fmt: skip
-    row = {"parameters_m": counts, "multiply_adds_m": adds, "latency_ms": {}, **tested}
+    row = {"parameters_m": counts, "multiply_adds_m": adds, "latency_ms": {}}
+    row |= run.values["tested"]
     for n in (1, 64):
         images = torch.zeros(n, 3, size, size, device=device)
         images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
@@ -157,10 +147,6 @@ def conclude(run, network, model, size, device):
             n, "s" * (n > 1), *times, times[1] / times[0], flags.describe(device),
         )  # fmt: skip
     files.write(run.folder / "result.json", (json.dumps(row, indent=2) + "\n").encode())
-    log.info("best epoch: %d with %.2f %% (chosen on the test images: not a result)", *best[::-1])
-    top1 = tested["test_top1"]
-    text = "test accuracy after the last epoch: %.2f %% (error %.2f %%)"
-    log.info(text, top1, 100 - top1)
 
 
 if __name__ == "__main__":

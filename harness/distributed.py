@@ -223,7 +223,7 @@ def wrap(model, device, args):
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            find_unused_parameters=model.leaves_out_nodes(),
+            find_unused_parameters=hasattr(model, "leaves_out_nodes") and model.leaves_out_nodes(),
         )
     chosen = args.device is not None or args.gpu is not None
     several = device.type == "cuda" and torch.cuda.device_count() > 1 and not chosen

@@ -72,10 +72,7 @@ def add_common_arguments(parser, batch_size):
     add("--batch_size", type=count, default=batch_size, help="images in a step")
     add("--mean", type=colour, metavar="R,G,B", help="of all pixels, 0..1; None: CIFAR's, computed")
     add("--std", type=colour, metavar="R,G,B", help="as --mean")
-    add("--gpu", type=natural, default=0, help="which GPU, where there is one")
-    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
-    add("--report_freq", type=count, default=50, help="steps between two lines of progress")
-    add("--seed", type=natural, help="of every random number", default=0)
+    add_machine_arguments(parser)
 
 
 def add_imagenet_arguments(parser, seed, workers):
@@ -85,26 +82,28 @@ def add_imagenet_arguments(parser, seed, workers):
     add("--input_size", type=count, default=224, help="side of the images in pixels")
     add("--batch_size", type=count, default=1024, help="images in a step, of all GPUs together")
     add("--sync_bn", action="store_true", help="batch statistics over all processes of torchrun")
-    add("--gpu", type=natural, help="one GPU; None: all of them, with torchrun one per process")
-    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
-    add("--report_freq", type=count, default=100, help="steps between two lines of progress")
     add("--workers", type=natural, default=workers, help="processes that read images, of each GPU")
-    add("--seed", type=natural, default=seed, help="of every random number")
     add("--note", default="try", help="a word for the log")
+    add_machine_arguments(parser)
+    parser.set_defaults(gpu=None, report_freq=100, seed=seed)
+
+
+def add_machine_arguments(parser):
+    """The flags of all that runs a network over images."""
+    add = parser.add_argument
+    add("--gpu", type=natural, default=0, help="which GPU; None: all, of torchrun one a process")
+    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
+    add("--report_freq", type=count, default=50, help="steps between two lines of progress")
+    add("--seed", type=natural, default=0, help="of every random number")
 
 
 def add_learning_arguments(parser, epochs, init_channels, layers, learning_rate):
-    """The flags that searches and trainings share, on images of any size."""
+    """The flags that searches and trainings of PC-DARTS share, on images of any size."""
     add = parser.add_argument
-    add("--epochs", type=count, default=epochs, help="epochs of the training images")
     add("--init_channels", type=count, default=init_channels, help="channels C of the first cell")
     add("--layers", type=depth, default=layers, help="cells")
-    add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
     add("--momentum", type=fraction, default=0.9, help="of the weights' SGD")
-    add("--grad_clip", type=positive, default=5.0, help="norm of the weights' gradient")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
-    add("--save", default="EXP", help="name of the run, in the name of its folder")
-    add_run_arguments(parser)
+    add_run_arguments(parser, epochs, learning_rate)
 
 
 def add_search_arguments(parser, begin, k, arch_learning_rate):
@@ -159,9 +158,14 @@ def add_cutout_arguments(parser):
     add("--cutout_length", type=count, default=16, help="side of that square in pixels")
 
 
-def add_run_arguments(parser):
+def add_run_arguments(parser, epochs, learning_rate):
     """The flags of all that searches or trains."""
     add = parser.add_argument
+    add("--epochs", type=count, default=epochs, help="epochs of the training images")
+    add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
+    add("--grad_clip", type=positive, default=5.0, help="norm of the weights' gradient; None: any")
+    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
+    add("--save", default="EXP", help="name of the run, in the name of its folder")
     add("--resume", metavar="FOLDER", help="go on with the run in this folder")
     add("--save_every", type=positive, default=10.0, help="minutes between checkpoints in an epoch")
     add("--deterministic", action="store_true", help="the same bits on a GPU too; slower there")

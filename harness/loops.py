@@ -164,8 +164,8 @@ def classify(model, criterion, x, y, args):
 def train_epoch(loader, model, criterion, optimizer, args, run, forward=classify):
     """One epoch of a discrete network; returns the training figures as a dict.
 
-    args: amp, grad_clip, report_freq, and those of `forward`, which gives loss and logits of a
-    batch. run: a runs.Run.
+    args: amp, grad_clip (or None), report_freq, and those of `forward`, which gives loss and logits
+    of a batch. run: a runs.Run.
     """
     model.train()
     figures = Figures("train", loader, args.report_freq, run.log, run)
@@ -174,7 +174,7 @@ def train_epoch(loader, model, criterion, optimizer, args, run, forward=classify
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
             total, logits = forward(model, criterion, x, y, args)
         (total * distributed.share(len(y), loader.device)).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         figures.update(total, logits, y, norm)
         run.step(figures)

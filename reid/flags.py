@@ -43,20 +43,13 @@ def add_arguments(parser, epochs, learning_rate):
         help="lambda: weight of the cross entropy; that of the triplets is 1 - lambda",
     )  # fmt: skip
     add("--margin", type=flags.non_negative, default=0.3, help="of a triplet, in distance")
-    add("--epochs", type=flags.count, default=epochs, help="each has every identity once")
     add("--init_channels", type=flags.count, default=64, help="channels C of the first stage")
     add("--layers", type=stages, default="2,2,2,2", help="cells of each stage")
     add("--embedding", type=flags.count, default=512, help="numbers of an embedding")
-    add("--learning_rate", type=flags.positive, default=learning_rate, help="of the weights")
-    add("--grad_clip", type=flags.positive, default=5.0, help="norm of the weights' gradient")
-    add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--workers", type=flags.natural, default=4, help="processes that read images, of each GPU")
-    add("--gpu", type=flags.natural, default=0, help="which GPU, where there is one")
-    add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
-    add("--report_freq", type=flags.count, default=50, help="steps between two lines of progress")
-    add("--seed", type=flags.natural, default=0, help="of every random number")
-    add("--save", default="REID", help="name of the run, in the name of its folder")
-    flags.add_run_arguments(parser)
+    flags.add_machine_arguments(parser)
+    flags.add_run_arguments(parser, epochs, learning_rate)
+    parser.set_defaults(save="REID")
 
 
 def parse_args(parser, digits, inherited=()):

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import genotypes
+import operations
 from model import Cell
 from operations import OPS
 from utils import without_module_prefix
@@ -21,16 +22,6 @@ def reductions(layers=LAYERS):
     if not layers or min(layers) < 1:
         raise ValueError(f"layers {tuple(layers)}: give one cell or more a stage")
     return tuple(sum(layers[:stage]) for stage in range(1, len(layers)))
-
-
-def stem(C):
-    """(N, 3, H, W) to (N, C, H / 4, W / 4): 7x7 convolution, norm, ReLU, pool, as a ResNet's."""
-    return nn.Sequential(
-        nn.Conv2d(3, C, 7, stride=2, padding=3, bias=False),
-        nn.BatchNorm2d(C),
-        nn.ReLU(),
-        nn.MaxPool2d(3, stride=2, padding=1),
-    )
 
 
 class Head(nn.Module):
@@ -63,7 +54,7 @@ class ReIDNetwork(nn.Module):
         reduce_at = reductions(layers)
         genotype = genotypes.check(genotype, OPS)
         self.drop_path_prob = 0.0
-        self.stem = stem(C)
+        self.stem = operations.stem("resnet", C)["stem"]
         self.cells = nn.ModuleList()
         C_prev_prev, C_prev, reduction_prev = C, C, False
         for i in range(sum(layers)):
@@ -122,10 +113,6 @@ class ResNet(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         embeddings, logits = self.head(self.body(x))
         return (embeddings, logits) if self.training else embeddings
-
-    def leaves_out_nodes(self):
-        """As ReIDNetwork's."""
-        return False
 
 
 def check_size(network, layers, height, width, images):

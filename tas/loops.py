@@ -1,4 +1,4 @@
-"""The loops, each once: an epoch of the search, an epoch of a training; networks side by side."""
+"""An epoch of the search, the loss of a training, networks side by side in time."""
 
 import math
 import statistics
@@ -51,28 +51,21 @@ def argmax_multiply_adds(model, size):
     return multiply_adds(model.depth, channels, model.classifier.out_features, blocks, size)
 
 
-def train_epoch(loader, model, teacher, optimizer, args, run):
-    """One epoch of a network's training, by distillation if there is a teacher.
+def taught_by(teacher):
+    """The `forward` of harness.loops.train_epoch: by distillation, but where the teacher is None.
 
-    args: amp, grad_clip, temperature, distillation, report_freq. run: a runs.Run. Returns the
-    training figures as a dict.
+    args: temperature and distillation, the teacher's share of the loss.
     """
-    model.train()
-    figures = Figures("train", loader, args.report_freq, run.log, run)
-    for x, y in figures.steps():
-        with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
-            logits = model(x)
-            if teacher is None:
-                loss = F.cross_entropy(logits, y)
-            else:
-                with torch.no_grad():
-                    taught = teacher(x)
-                how = args.temperature, args.distillation
-                loss = losses.distillation(logits, taught, y, *how)
-        norm = step(optimizer, loss, len(y), args.grad_clip)
-        figures.update(loss, logits, y, norm)
-        run.step(figures)
-    return figures.result(loader.device)
+
+    def forward(model, criterion, x, y, args):
+        logits = model(x)
+        if teacher is None:
+            return criterion(logits, y), logits
+        with torch.no_grad():
+            taught = teacher(x)
+        return losses.distillation(logits, taught, y, args.temperature, args.distillation), logits
+
+    return forward
 
 
 def step(optimizer, loss, images, grad_clip=None):
