@@ -49,7 +49,7 @@ def main(args):
     flags.need("export", ["onnx", "onnxscript", "onnxruntime"], "requirements-export.txt")
     folder = Path(args.run)
     network, size = load(folder)
-    out = Path(args.out or folder).expanduser()
+    out = files.expanded(args.out or folder)
     images = torch.randn(args.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = network(images)
@@ -80,7 +80,7 @@ def load(folder):
     if about.get("script") == "train_tas":
         return found.load_trained(folder).eval(), found.load(str(folder)).size
     if about.get("script") not in ("train", "train_imagenet"):
-        raise utils.UserError(f"{folder} is no run of train.py or train_imagenet.py: give one")
+        raise utils.UserError(f"{folder} is no run of train.py, train_imagenet.py or train_tas.py")
     args, classes = about["args"], about.get("classes", [])
     imagenet = about["script"] == "train_imagenet"
     stem = "imagenet" if imagenet else args.get("stem", "cifar")

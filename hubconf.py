@@ -19,6 +19,7 @@ import model_search as _model_search
 from harness import files as _files
 from operations import OPS as _OPS
 from tas import found as _found
+from utils import UserError as _UserError
 
 dependencies = ["torch", "torchvision", "numpy"]
 
@@ -54,8 +55,11 @@ def tas(arch="unpruned", num_classes=None, weights=None, depth=None):
     arch: as --arch of train_tas.py: tas.json, run folder, text, or "unpruned", which needs depth.
     num_classes: None: the arch's, of "unpruned" 10.
     """
-    network = _found.load(arch, depth)
-    network = network._replace(num_classes=num_classes or network.num_classes)
+    network = _found.load(str(arch), depth)
+    if num_classes is not None:
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise _UserError(f"num_classes={num_classes!r}: give 1 or more")
+        network = network._replace(num_classes=num_classes)
     return _loaded(network.network(), weights)
 
 

@@ -17,6 +17,7 @@ import utils
 from harness import costs, data, files, flags, imagenet, loops, script
 from model import build
 from operations import OPS
+from tas import found
 
 # Flags of the run that made the weights: the defaults of this one.
 INHERITED = ("data", "set", "input_size", "init_channels", "layers", "stem", "auxiliary")
@@ -60,17 +61,21 @@ def is_colour(value):
 def main(args):
     folder, path = run_folder(args), Path(args.model_path)
     about = files.read_args(folder)
-    if about.get("script") in ("train_search", "train_search_imagenet"):
-        script = about["script"].replace("_search", "")
-        hint = f"train its cell, python {script}.py --arch {folder}"
+    if str(about.get("script")).startswith("train_search"):
+        trained_by = about["script"].replace("_search", "")
+        hint = f"train what it found, python {trained_by}.py --arch {folder}"
         raise utils.UserError(f"{path} is of a search: {hint}")
+    if about.get("script") == "train_reid":
+        raise utils.UserError(f"{path} is of Auto-ReID: python train_reid.py --test {folder}")
     if path.is_dir():
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
-    state = files.load(path)
-    if args.arch is None and not (folder / "genotype.json").exists():
+    state, network = files.load(path), None
+    if about.get("script") == "train_tas":
+        network = found.load(str(folder)).network()
+    elif args.arch is None and not (folder / "genotype.json").exists():
         raise utils.UserError(f"no genotype.json lies beside {path}: give --arch NAME")
     with utils.user_errors(genotypes.GenotypeError):
-        genotype = genotypes.load(args.arch or folder, OPS)
+        genotype = network is None and genotypes.load(args.arch or folder, OPS)
     device = flags.choose_device(args)
     log = files.start_log()
     log.info(flags.describe(device))
@@ -80,7 +85,9 @@ def main(args):
     stem = "imagenet" if args.set == "imagenet" else args.stem
     outputs = about.get("args", {}).get("classes") or len(classes)
     with utils.user_errors(ValueError):
-        model = build(genotype, args.init_channels, outputs, args.layers, stem, args.auxiliary)
+        model = network or build(
+            genotype, args.init_channels, outputs, args.layers, stem, args.auxiliary
+        )
         costs.check_size(model.eval(), size)
     files.load_weights(model, state, path)
     figures = loops.evaluate(test, model.to(device), nn.CrossEntropyLoss(), args, log)

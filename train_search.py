@@ -104,20 +104,11 @@ def main(args):
         run.epoch_done()
 
     searches.finish(run, args, model, held_out, "the validation half")
-    more = recipe(args, train_half)
+    aids = (
+        " --auxiliary --cutout" if train_half.images.shape[1] >= 32 else ""
+    )  # head and square fit
+    more = aids + flags.same_data(args)
     log.info("train it: python train.py --arch %s%s", shlex.quote(str(run.folder)), more)
-
-
-def recipe(args, images):
-    """The further flags of the command that trains the cell on the same data."""
-    more = " --auxiliary --cutout" if images.images.shape[1] >= 32 else ""  # too small for a head
-    more += "" if args.set == "cifar10" else f" --set {args.set}"
-    more += (
-        ""
-        if args.data == "../data" or args.set == "digits"
-        else f" --data {shlex.quote(args.data)}"
-    )
-    return more + (f" --input_size {args.input_size}" if args.input_size else "")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ trains. What was measured with this code stands in docs/imagenet.md.
 """
 
 import shlex
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,6 @@ import fused
 import utils
 from architect import Architect
 from harness import costs, distributed, flags, forms, imagenet, loops, script, searches
-from harness.distributed import is_main
 from harness.runs import Run
 
 
@@ -81,12 +81,10 @@ def main(args):
     kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     kept |= {"loader": train, "valid_loader": valid}
     about = dict(classes=parts[0].classes, primitives=model.primitives)
-    run = Run("search", args, device, kept, **about)
+    run = Run("search", args, device, kept, begin=partial(imagenet.write_split, parts), **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
-    if is_main() and not run.resumed:
-        imagenet.write_split(parts, folder)
     log.info(
         "%d classes; %d images (%d to %d of a class) for the weights, %d (%d to %d) for alphas "
         "and betas; note: %s",

@@ -21,9 +21,9 @@ from harness.runs import Run
 from tas import SearchNetwork, found, full_channels, losses, multiply_adds, shapes, smallest_ratio
 from tas import loops as tas_loops
 from tas.pictures import write_report
-from train_search import recipe
 
 ratio = flags.number(float, 0, 1, above=True)
+temperature = flags.number(float, 1e-3, 1e3)
 SCHEDULES = {"linear": losses.linear_temperature, "cosine": losses.cosine_temperature}
 
 
@@ -34,8 +34,8 @@ def get_args():
     add("--depth", type=flags.depth, default=20, help="layers: 20, 32, 56, 110 or another 6n + 2")
     add("--flop_ratio", type=ratio, default=0.5, help="multiply-adds wanted, of the unpruned ones")
     add("--search_depth", action="store_true", help="search the numbers of blocks too")
-    add("--tau_max", type=flags.positive, default=10.0, help="temperature of the draw, at first")
-    add("--tau_min", type=flags.positive, default=0.1, help="and in the last epoch")
+    add("--tau_max", type=temperature, default=10.0, help="temperature of the draw, at first")
+    add("--tau_min", type=temperature, default=0.1, help="and in the last epoch")
     add("--tau_schedule", default="linear", choices=list(SCHEDULES),
         help="between them; linear: as in the paper, cosine: as in the released code")  # fmt: skip
     add("--flop_weight", type=flags.non_negative, default=2.0, help="of the cost of multiply-adds")
@@ -125,8 +125,10 @@ def main(args):
         network.save(run.folder / found.NAME)
         files.save(model.state_dict(), run.folder / "weights.pt")
     run.log.info("network = %s", network.text())
-    more = recipe(args, dataset.train).replace(" --auxiliary --cutout", "")
-    run.log.info("train it: python train_tas.py --arch %s%s", shlex.quote(str(run.folder)), more)
+    run.log.info(
+        "train it: python train_tas.py --arch %s%s --batch_size %d",
+        shlex.quote(str(run.folder)), flags.same_data(args), args.batch_size,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -134,7 +136,10 @@ def report(run, args, rates, figures, model, unpruned, size):
     """What an epoch gave, in the log and the run's files; the widths are those after it."""
     channels, blocks = model.derive()
     expected = model.expected_multiply_adds((size, size)).item()
-    actual, target = tas_loops.argmax_multiply_adds(model, (size, size)), args.flop_ratio * unpruned
+    actual = multiply_adds(
+        args.depth, channels, model.classifier.out_features, blocks, (size, size)
+    )
+    target = args.flop_ratio * unpruned
     softmaxes = [attentions.softmax(1).cpu() for attentions in model.arch_parameters()]
     largest = torch.cat([p.amax(1) for p in softmaxes])
     entropy = torch.cat([torch.special.entr(p).sum(1) for p in softmaxes]).mean().item()

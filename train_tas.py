@@ -44,8 +44,9 @@ def get_args():
 def main(args):
     device = distributed.start(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
-    if args.arch != "unpruned" and args.resume is None:
-        found.load(args.arch, args.depth)  # what is wrong with it is said before data is read
+    # On a resume the run's own, whatever --arch and --teacher have come to mean. Before the data is
+    # read, so that what is wrong is said at once.
+    network = found.load(own(args, found.NAME) or args.arch, args.depth)
 
     dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
     size, classes = dataset.train.images.shape[1], len(dataset.classes)
@@ -58,12 +59,10 @@ def main(args):
     )
     with utils.user_errors(ValueError):
         shapes.check_images((size, size))
-    # on a resume the run's own, whatever --arch and --teacher have come to mean
-    network = found.load(own(args, found.NAME) or args.arch, args.depth, classes, size)
-    network = found.describe(*network[:3], classes, size, network.target)
+    network = network.on(classes, size)
     teacher = None
-    if args.teacher:
-        teacher = found.load_trained(own(args, "teacher") or args.teacher, dataset.classes)
+    if args.teacher is not None:
+        teacher = found.load_trained(own(args, "teacher") or args.teacher, dataset)
         teacher.to(device).eval()
 
     pruned = network.network().to(device)
@@ -77,13 +76,16 @@ def main(args):
     parts = {"model": pruned, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
     values = {"best": [0.0, 0], "tested": {}}
-    run = Run("eval", args, device, parts, values, write_report=write_report, **about)
+    about |= dict(parameters_m=utils.count_parameters_in_MB(pruned))
+
+    def begin(folder):
+        network.save(folder / found.NAME)
+        if teacher is not None:
+            found.keep(args.teacher, folder / "teacher")
+
+    run = Run("eval", args, device, parts, values, begin=begin, write_report=write_report, **about)
     if run.finished(args):
         return
-    if distributed.is_main() and not run.resumed:
-        network.save(run.folder / found.NAME)
-        if teacher is not None:
-            found.keep(args.teacher, run.folder / "teacher")
     introduce(run.log, args, dataset, network, teacher)
 
     for _ in range(run.epoch, args.epochs):
@@ -96,8 +98,8 @@ def main(args):
         run.epoch_done(**values)
 
     if distributed.is_main():
-        files.save(pruned.state_dict(), run.folder / "weights.pt")
         compare(run, network, pruned, size, device)
+        files.save(pruned.state_dict(), run.folder / "weights.pt")  # the last: it says finished
         trainings.conclude(run, "test")
 
 
@@ -135,16 +137,24 @@ def compare(run, network, model, size, device):
         "multiply-adds: %.3f M of %.3f M (%.1f %%)",
         *counts, 100 * counts[0] / counts[1], *adds, 100 * adds[0] / adds[1],
     )  # fmt: skip
+    if network.blocks is not None:
+        log.info(
+            "%.3f M multiply-adds as built: where blocks are dropped the published count takes the "
+            "width of the stage's last block, though that is dropped", network.as_built(),
+        )  # fmt: skip
     row = {"parameters_m": counts, "multiply_adds_m": adds, "latency_ms": {}}
     row |= run.values["tested"]
     for n in (1, 64):
         images = torch.zeros(n, 3, size, size, device=device)
         images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
-        times = tas_loops.latencies([model, unpruned], images)
-        row["latency_ms"][n] = times
+        (low, time, high), (whole_low, whole_time, whole_high) = tas_loops.latencies(
+            [model, unpruned], images
+        )
+        row["latency_ms"][n] = time, whole_time
         log.info(
-            "latency of %d image%s: %.2f ms, unpruned %.2f ms, %.2f times as fast (%s)",
-            n, "s" * (n > 1), *times, times[1] / times[0], flags.describe(device),
+            "latency of %d image%s: %.2f ms (half of the passes %.2f to %.2f), unpruned %.2f ms "
+            "(%.2f to %.2f), %.2f times as fast (%s)", n, "s" * (n > 1), time, low, high,
+            whole_time, whole_low, whole_high, whole_time / time, flags.describe(device),
         )  # fmt: skip
     files.write(run.folder / "result.json", (json.dumps(row, indent=2) + "\n").encode())
 

@@ -1,6 +1,6 @@
 """Draw cells, the report of a run, and the comparison of several runs.
 
-    python visualize.py PC_DARTS_cifar --format svg    # a name, a genotype.json or the text
+    python visualize.py PC_DARTS_cifar --format svg    # a name, genotype.json, tas.json or the text
     python visualize.py search-EXP-...                 # a run: report.html in its folder
     python visualize.py eval-A-... eval-B-...          # several: a table, and comparison.html
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import genotypes
 import utils
-from harness import drawing, flags, plots, report, script
+from harness import drawing, files, flags, plots, report, script
 from tas import pictures as tas_pictures
 
 
 def get_args():
     parser = flags.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", nargs="+", help="name in genotypes.py, genotype.json, text, or run folders")
+    add("what", nargs="+", help="name in genotypes.py, genotype.json, tas.json, text, run folders")
     kinds = ["png", "svg", "pdf"]
     add("--format", choices=kinds, help="of pictures (None: png); of a run each is a file too then")
     add("--out", help="folder for what is written; None: the run's own, for cells this one")
@@ -31,13 +31,17 @@ def get_args():
 def main(args):
     folders = [Path(what) for what in args.what]
     are_runs = [(folder / "args.json").is_file() for folder in folders]
-    out = None if args.out is None else Path(args.out).expanduser()
+    out = None if args.out is None else files.expanded(args.out)
     if len(folders) > 1 and not all(are_runs):
         what = folders[are_runs.index(False)]
         raise utils.UserError(f"{what} is no run folder: several can be compared if all are")
     if args.dot or not any(are_runs):
         if len(folders) > 1 or args.animate:
             raise utils.UserError("--dot takes one cell, --animate a run folder: leave one out")
+        if tas_pictures.is_network(args.what[0]) and not args.dot:
+            figure = tas_pictures.network(args.what[0])
+            print(drawing.save(figure, (out or Path()) / f"tas-network.{args.format or 'png'}"))
+            return
         with utils.user_errors(genotypes.GenotypeError):
             genotype = genotypes.load(args.what[0])
         if args.dot:
@@ -50,15 +54,17 @@ def main(args):
     drawing.figures()
 
     runs = [report.read(folder) for folder in folders]
+    is_tas = len(runs) == 1 and runs[0].about["script"].endswith("_tas")
     if args.animate:
         if len(runs) > 1:
             raise utils.UserError("--animate takes one run: give one folder")
         print(plots.animate(runs[0], (out or folders[0]) / "cells.gif"))
     if args.format and len(runs) == 1:
-        for title, (_, figure) in report.pictures(runs[0]).items():
-            name = re.sub(r"\W+", "-", title)
-            print(drawing.save(figure, (out or folders[0]) / f"{name}.{args.format}"))
-    if len(runs) == 1 and runs[0].about["script"].endswith("_tas"):
+        more = tas_pictures.pictures(folders[0]) if is_tas else {}
+        for title, (_, figure) in (report.pictures(runs[0]) | more).items():
+            path = (out or folders[0]) / f"{report.file_name(title)}.{args.format}"
+            print(drawing.save(figure, path))
+    if is_tas:
         print(tas_pictures.write_report(folders[0], out and out / "report.html"))
     elif len(runs) == 1:
         print(report.write(runs[0], (out or folders[0]) / "report.html"))

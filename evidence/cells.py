@@ -53,7 +53,7 @@ def get_args():
 
 
 def main(args):
-    root, names = Path(args.root).expanduser(), args.cells.split(",")
+    root, names = files.expanded(args.root), args.cells.split(",")
     with utils.user_errors(genotypes.GenotypeError):  # now, not after days
         for name in names:
             name == "found" or genotypes.load(name, OPS)

@@ -34,7 +34,7 @@ def main(args):
 
 def collect(run, dest, format="png"):
     """Copies what is small of a run folder into dest; returns the paths. UserError: no run."""
-    record, dest = report.read(run), Path(dest).expanduser()
+    record, dest = report.read(run), files.expanded(dest)
     # Drawn before the folder is made: it may say what to install.
     pictures = {} if format == "none" else report.pictures(record)
     dest.mkdir(parents=True, exist_ok=True)

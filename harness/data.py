@@ -26,6 +26,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 import utils
 from harness import distributed
+from harness.files import expanded
 from utils import UserError
 
 SETS = ("cifar10", "cifar100", "digits", "folder")
@@ -80,7 +81,7 @@ def _load(name, root, input_size):
         raise UserError(f"input_size {input_size} is too small: use 8 or more")
     if name == "digits":
         return _digits(input_size or 16)
-    root, size = Path(root).expanduser(), input_size or 32
+    root, size = expanded(root), input_size or 32
     try:
         if root.exists() and not root.is_dir():
             raise UserError(f"{root} is a file: give the folder that holds the images")

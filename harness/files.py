@@ -21,15 +21,20 @@ from utils import UserError
 FORMAT = 1  # of checkpoints and args.json; raised when an older reader could not use them
 
 
+def expanded(path):
+    """The path with ~ and ~user as folders; UserError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder; give another path") from None
+
+
 def make_folder(kind, save):
     """Makes the run folder `kind`-SAVE-YYYYMMDD-HHMMSS, never one that exists; returns its path.
 
     save may begin with the folder to put it in. Raises UserError where it cannot be made.
     """
-    try:
-        path = Path(save).expanduser()
-    except RuntimeError:  # of a user who does not exist
-        raise UserError(f"--save {save}: there is no such home folder; name another") from None
+    path = expanded(save)
     parent, name = path.parent, path.name
     if name in ("", ".."):
         raise UserError(f"--save {save!r} names no run: give a name, such as --save EXP")
@@ -155,9 +160,11 @@ def write(path, content, previous=None):
 def load(path, device="cpu"):
     """What `save` wrote: tensors and plain values only, so a hostile file runs no code.
 
-    Raises UserError where the file is missing or is none of ours.
+    Raises UserError where the file is missing, damaged or none of ours.
     """
     try:
+        if zipfile.is_zipfile(path) and not is_whole(Path(path)):  # of older torches: no zip
+            raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is an error here
             return torch.load(path, map_location=device, weights_only=True)

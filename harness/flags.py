@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -275,6 +276,14 @@ def advise(log, args, batch_size, learning_rate):
             "--batch_size %d is not the published %d: in proportion --learning_rate is %g, not %g",
             args.batch_size, batch_size, scaled, args.learning_rate,
         )  # fmt: skip
+
+
+def same_data(args):
+    """The flags of the command that reads the same CIFAR-size images."""
+    more = "" if args.set == "cifar10" else f" --set {args.set}"
+    if args.data != "../data" and args.set != "digits":
+        more += f" --data {shlex.quote(args.data)}"
+    return more + (f" --input_size {args.input_size}" if args.input_size else "")
 
 
 def choose_device(args):

@@ -13,7 +13,6 @@ import os
 import signal
 import threading
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from harness import data, distributed
+from harness.files import expanded
 from utils import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -92,7 +92,7 @@ def load_search(root, split=None, seed=0):
     Those of root/imagenet_search; or, where it is missing, the published shares of every class of
     root/imagenet/train: of the lists `split`, or drawn by `seed`. Raises UserError.
     """
-    folder = Path(root).expanduser() / "imagenet_search"
+    folder = expanded(root) / "imagenet_search"
     if split is None and folder.is_dir():
         train, val = folder / "train", folder / "val"
         for part in (train, val):
@@ -161,7 +161,7 @@ def check_split(parts, labels, folder, classes):
 
 def read_split(path):
     """The two lists of an earlier search: of its folder, or beside `path`, one of the lists."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir() and path.name not in SPLIT:
         raise UserError(f"--split {path}: give {SPLIT[0]} of an earlier search, or its folder")
     parts = []
@@ -195,7 +195,7 @@ def counts(files):
 
 
 def _full(root):
-    root = Path(root).expanduser()
+    root = expanded(root)
     for folder in (root / "imagenet", root):
         if (folder / "train").is_dir():
             return folder

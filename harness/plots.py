@@ -163,7 +163,9 @@ def animate(run, path):
     from PIL import Image
 
     if not run.cells:
-        raise utils.UserError(f"{run.folder} has no genotypes.jsonl: --animate takes a search")
+        raise utils.UserError(
+            f"{run.folder} has no genotypes.jsonl: --animate takes a search of cells"
+        )
     frames, places = [], {}
     for row in run.cells:
         genotype = genotypes.from_json(json.dumps(row))

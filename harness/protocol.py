@@ -126,7 +126,7 @@ def thinned(folder, root, train_every, test_every):
 
     Raises UserError where `folder` has no train or test folder.
     """
-    folder, subset = Path(folder).expanduser(), Path(root, f"data-{train_every}-{test_every}")
+    folder, subset = files.expanded(folder), Path(root, f"data-{train_every}-{test_every}")
     for half, n in (("train", train_every), ("test", test_every)):
         if not (folder / half).is_dir():
             raise UserError(f"{folder} has no {half} folder: give the data of the set")

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import operator
+import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,9 @@ table { border-collapse: collapse }
 td, th { padding: .15em .7em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 summary { cursor: pointer }
 """
+
+
+WATCHED = {"skip_connects_normal": "skip_connects (normal)", "argmax_m": "multiply-adds (M)"}
 
 
 class Record(NamedTuple):
@@ -71,7 +75,7 @@ class Record(NamedTuple):
 
 def read(folder):
     """The Record of a run folder; UserError where it is none or cannot be read."""
-    folder = Path(folder).expanduser()
+    folder = files.expanded(folder)
     about = files.read_args(folder)
     if not str(about.get("script")).startswith("train"):
         raise utils.UserError(f"{folder} is no run of a search or training: give such a folder")
@@ -116,15 +120,24 @@ def write(run, path, more=None):
     parts.append(f"<details><summary>all arguments</summary>{arguments}</details>")
     if not run.rows:
         parts.append("<p>No epoch is done yet.</p>")
-    for title, (explanation, figure) in (pictures(run) | (more or {})).items():
+    drawn = pictures(run) | (more or {})
+    for title, (explanation, figure) in drawn.items():
         parts.append(f"<h2>{title.capitalize()}</h2><p>{explanation}</p>{image(figure, title)}")
+    names = set(map(file_name, drawn))
     for picture in sorted(run.folder.glob("*.png")):  # that the script left there
+        if picture.stem in names:  # one of these, as a file of its own
+            continue
         shown = embedded(picture.read_bytes(), "png", picture.stem)
         parts.append(f"<h2>{picture.stem.capitalize()}</h2>{shown}")
     if run.genotype is not None:
         parts.append(f"<pre>{html.escape(genotypes.text(run.genotype))}</pre>")
     page(path, name, parts)
     return path
+
+
+def file_name(title):
+    """Of a picture with this title, without a suffix."""
+    return re.sub(r"\W+", "-", title)
 
 
 def pictures(run):
@@ -230,7 +243,11 @@ def tables(runs):
     """A table of the searches and one of the trainings: a row, a dict, per group of runs."""
     rows = [(group[0].is_search, summary(group)) for group in groups(runs)]
     both = ([row for is_search, row in rows if is_search == kind] for kind in (True, False))
-    return [table for table in both if table]
+    tables = []
+    for table in filter(None, both):
+        columns = dict.fromkeys(name for row in table for name in row)
+        tables.append([{name: row.get(name, "–") for name in columns} for row in table])
+    return tables
 
 
 def summary(group):
@@ -250,8 +267,9 @@ def summary(group):
     last = mean([values[-1] for values in results])
     if first.is_search:
         row["supernet, training, last epoch (%)"] = last
-        skips = [run.column("skip_connects_normal")[-1] for run in begun]
-        row["skip_connects (normal)"] = mean(skips, 1)
+        for column, name in WATCHED.items():
+            values = [run.column(column)[-1] for run in begun if run.column(column)]
+            row |= {name: mean(values, 1)} if values else {}
     else:
         row["last epoch (%)"] = last
         row["best epoch (%)"] = mean([max(values) for values in results])

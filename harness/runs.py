@@ -33,14 +33,16 @@ class Run:
 
     parts: what a checkpoint holds, {name: object with state_dict and load_state_dict}. values:
     plain values that it holds besides. genotype: of a training. epoch: how many are done.
+    begin: a function of the folder that writes what else a new run holds from its start.
     write_report: a function of the folder that takes the place of report.write. about: what
     args.json tells of the data; classes must stay the same. Raises UserError where the folder
     cannot be made, is in use, or does not fit.
     """
 
     def __init__(
-        self, kind, args, device, parts, values=None, genotype=None, write_report=None, **about
-    ):
+        self, kind, args, device, parts, values=None, genotype=None, begin=None, write_report=None,
+        **about,
+    ):  # fmt: skip
         self.args = {name: value for name, value in vars(args).items() if name not in flags.FREE}
         self.genotype = None if genotype is None else genotypes.text(genotype)
         self.device, self.parts, self.values = device, parts, dict(values or {})
@@ -62,10 +64,13 @@ class Run:
                 raise UserError(f"{self.folder} learned other classes: give the data of the run")
             self._restore(load_checkpoint(self.folder, self.log), args)
         elif distributed.is_main():
-            files.write_args(self.folder, args, device=flags.describe(device), **_code(), **about)
+            _copy_scripts(self.folder / "scripts")
             if genotype is not None:
                 files.write(self.folder / "genotype.json", genotypes.to_json(genotype).encode())
-            _copy_scripts(self.folder / "scripts")
+            if begin is not None:
+                begin(self.folder)
+            # The last: from here on the folder is a run, which --resume takes.
+            files.write_args(self.folder, args, device=flags.describe(device), **_code(), **about)
         if not self.resumed:
             torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
         processes = distributed.world_size()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from harness.data import open_image
+from harness.files import expanded
 from utils import UserError
 
 SETS = ("market1501", "dukemtmc", "msmt17", "digits")
@@ -49,7 +50,7 @@ def load(name, root=None, digits=DIGITS):
         return read_digits(digits)
     if root is None:
         raise UserError(f"{name} is read from a folder: give --data")
-    root = Path(root).expanduser()
+    root = expanded(root)
     if not root.is_dir():
         raise UserError(f"{root} is no folder: give the one that holds the images")
     try:

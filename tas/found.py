@@ -1,9 +1,9 @@
 """What a search found, as a file, a line to paste, and a network; the weights of a teacher."""
 
 import json
+import math
 import random
 import shutil
-from pathlib import Path
 from typing import NamedTuple
 
 from harness import files
@@ -30,6 +30,15 @@ class Found(NamedTuple):
     target: float | None
     num_classes: int
     size: int
+
+    def on(self, num_classes, size):
+        """The same network for this number of classes and images of size x size."""
+        return describe(self.depth, self.channels, self.blocks, num_classes, size, self.target)
+
+    def as_built(self):
+        """Multiply-adds in millions of what `network` makes, which has the widths that stay."""
+        sizes = self.num_classes, self.blocks, (self.size, self.size)
+        return multiply_adds(self.depth, self.channels, *sizes, as_built=True)
 
     def network(self):
         """A PrunedNetwork."""
@@ -118,7 +127,7 @@ def _text(what):
     """(the JSON, what to call it)"""
     if what.lstrip().startswith("{"):
         return what, "--arch"
-    path = Path(what).expanduser()
+    path = files.expanded(what)
     try:
         if path.is_dir():
             path = path / NAME
@@ -151,7 +160,7 @@ def _parse(text, name):
     if not _integers(found.channels) or not (found.blocks is None or _integers(found.blocks)):
         raise UserError(f"{name}: channels and blocks are lists of integers: {hint}")
     numbers = [found.multiply_adds, 0 if found.target is None else found.target]
-    if not all(type(number) in (int, float) for number in numbers):
+    if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
         raise UserError(f"{name}: multiply_adds and target are numbers: {hint}")
     try:
         shapes.check(found.depth, found.channels, found.blocks)
@@ -164,26 +173,38 @@ def _integers(values):
     return isinstance(values, list) and all(type(value) is int for value in values)
 
 
-def load_trained(folder, classes=None):
+def load_trained(folder, dataset=None):
     """The PrunedNetwork that a run of train_tas.py trained.
 
-    classes: names that it must have learned. Raises UserError.
+    dataset: a data.DataSet, whose classes and images it must have learned. Raises UserError.
     """
-    folder = Path(folder).expanduser()
+    folder = files.expanded(folder)
     about = files.read_args(folder)
     if about.get("script") != "train_tas":
         raise UserError(f"{folder} is no run of train_tas.py: give the folder of one")
-    theirs = about.get("classes")
-    theirs = theirs if isinstance(theirs, list) else []
-    if classes is not None and theirs != classes:
-        other = "other" if len(theirs) == len(classes) else f"{len(theirs)}, not {len(classes)},"
-        raise UserError(f"{folder} learned {other} classes: give a network trained on this data")
     path = folder / "weights.pt"
     if not path.exists():
         raise UserError(f"{folder} has no weights.pt: is its training finished?")
-    network = load(str(folder)).network()
+    found = load(str(folder))
+    if dataset is not None:
+        _check_data(folder, about, found.size, dataset)
+    network = found.network()
     files.load_weights(network, files.load(path), path)
     return network
+
+
+def _check_data(folder, about, size, dataset):
+    theirs, classes = about.get("classes"), dataset.classes
+    side, other = dataset.train.images.shape[1], None
+    if theirs != classes:
+        same = isinstance(theirs, list) and len(theirs) != len(classes)
+        other = f"{len(theirs)}, not {len(classes)}, classes" if same else "other classes"
+    elif size != side:
+        other = f"images of {size} x {size}, not {side} x {side}"
+    elif [about.get("mean"), about.get("std")] != [list(dataset.mean), list(dataset.std)]:
+        other = "images that were normalized with another --mean or --std"
+    if other is not None:
+        raise UserError(f"{folder} learned {other}: give a network trained on this data")
 
 
 def keep(run, folder):
@@ -192,5 +213,5 @@ def keep(run, folder):
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     for name in ("args.json", NAME, "weights.pt"):
-        shutil.copy(Path(run).expanduser() / name, beside)
+        shutil.copy(files.expanded(run) / name, beside)
     beside.replace(folder)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from harness import costs, distributed
 from harness.loops import Figures
 from tas import losses
-from tas.pruned import multiply_adds
 
 
 def search_epoch(loader, arch_batches, model, optimizer, arch_optimizer, tau, unpruned, args, run):
@@ -34,7 +33,7 @@ def search_epoch(loader, arch_batches, model, optimizer, arch_optimizer, tau, un
         with autocast:
             arch_logits, expected = model.search(x_arch, tau)
             cost = losses.cost(
-                expected, argmax_multiply_adds(model, x_arch.shape[2:]),
+                expected, model.argmax_multiply_adds(x_arch.shape[2:]),
                 args.flop_ratio * unpruned, unpruned, args.tolerance,
             )  # fmt: skip
             arch_loss = F.cross_entropy(arch_logits, y_arch) + args.flop_weight * cost
@@ -43,12 +42,6 @@ def search_epoch(loader, arch_batches, model, optimizer, arch_optimizer, tau, un
         figures.update(loss, logits, y, norm + arch_norm)  # not finite if either is not
         run.step(figures)
     return figures.result(loader.device)
-
-
-def argmax_multiply_adds(model, size):
-    """In millions: of the network that the largest attentions give now."""
-    channels, blocks = model.derive()
-    return multiply_adds(model.depth, channels, model.classifier.out_features, blocks, size)
 
 
 def taught_by(teacher):
@@ -105,16 +98,18 @@ def _generators(device):
 
 
 @torch.no_grad()
-def latencies(networks, images, repeats=10):
-    """Median milliseconds of each network's evaluation of `images` (N, 3, H, W).
+def latencies(networks, images, seconds=2.0):
+    """(lower quartile, median, upper) in ms of each network's evaluation of `images` (N, 3, H, W).
 
-    They take turns, so that a busy machine slows all of them; the first round is not counted.
+    They take turns for so many seconds, ten rounds at least, so that a busy machine slows all of
+    them; the first round is not counted.
     """
     times = [[] for _ in networks]
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
-    for _ in range(repeats + 1):
+    start = time.perf_counter()
+    while len(times[-1]) < 11 or time.perf_counter() - start < seconds:
         for network, mine in zip(networks, times, strict=True):
             costs.wait(images.device)
             begun = time.perf_counter()
@@ -123,4 +118,4 @@ def latencies(networks, images, repeats=10):
             mine.append(1e3 * (time.perf_counter() - begun))
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
-    return [statistics.median(mine[1:]) for mine in times]
+    return [statistics.quantiles(mine[1:], n=4) for mine in times]

@@ -1,10 +1,10 @@
 """Pictures of a search of widths and of the network that it found; report.html with them."""
 
 import json
-import re
+import math
 from pathlib import Path
 
-from harness import drawing, plots, report
+from harness import drawing, files, plots, report
 from tas import found, shapes
 from tas.pruned import kept_blocks
 from utils import UserError
@@ -17,22 +17,40 @@ def write_report(folder, path=None):
 
     path: of the report, None for the folder's own; the PNGs lie beside it. Returns it.
     """
-    folder = Path(folder).expanduser()
+    folder = files.expanded(folder)
     path = path or folder / "report.html"
     run, more = report.read(folder), pictures(folder)
     report.write(run, path, more)
     for title, (_, figure) in more.items():
-        drawing.save(figure, path.with_name(re.sub(r"\W+", "-", title) + ".png"))
+        drawing.save(figure, path.with_name(report.file_name(title) + ".png"))
     return path
+
+
+def is_network(what):
+    """Whether it is a tas.json or its text."""
+    return Path(what).name == found.NAME or (what.lstrip().startswith("{") and '"channels"' in what)
+
+
+def network(what):
+    """A Figure of the network in a tas.json, or its text, beside the unpruned one."""
+    one = found.load(what)
+    return bars(shapes.full_channels(one.depth), one.channels, one.blocks)
 
 
 def pictures(folder):
     """{title: (what it shows, Figure)} of all that there is to draw of a run of TAS."""
-    run = report.read(folder)
-    epochs = read_widths(folder)
-    drawn = {}
+    try:
+        return _pictures(report.read(folder), folder)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        raise UserError(f"{folder} is damaged, in args.json or metrics.csv: mend it") from None
+
+
+def _pictures(run, folder):
+    epochs, drawn = read_widths(folder), {}
     if epochs:
         full = shapes.full_channels(run.about["args"]["depth"])
+        if any(len(row["channels"]) != len(full) for row in epochs):
+            raise ValueError
         drawn["widths over the epochs"] = WIDTHS, widths(epochs, full)
         drawn["probabilities of the widths"] = PROBABILITIES, probabilities(epochs[-1])
         drawn["multiply-adds over the epochs"] = "", multiply_adds(run)
@@ -45,9 +63,13 @@ def pictures(folder):
     return drawn
 
 
-WIDTHS = "Share of its full width that argmax gives each convolution, from the stem (top) down."
+WIDTHS = "Share of its full width that argmax gives each convolution, from the stem (top) down. "
+WIDTHS += "Grey: its block is dropped."
 PROBABILITIES = "softmax of the attentions after the last epoch; a ring marks the largest of a row."
-BARS = "Channels of each convolution: grey of the unpruned network, blue of the pruned one."
+BARS = (
+    "Channels of each convolution: grey of the unpruned network, blue of the pruned one. No bar: "
+)
+BARS += "its block is dropped."
 
 
 def read_widths(folder):
@@ -67,10 +89,12 @@ def read_widths(folder):
 
 def widths(epochs, full):
     """A heat map: convolutions by epochs, the share of the full width."""
-    table = [row["channels"][1:] for row in epochs]  # epochs, L
-    shares = [[C / C_full for C in row] for C_full, *row in zip(full[1:], *table, strict=True)]
+    table = [kept_channels(row["channels"], row["blocks"]) for row in epochs]  # epochs, L
+    shares = [[C / C_full or math.nan for C in row]
+              for C_full, *row in zip(full[1:], *table, strict=True)]  # fmt: skip
     figure = _figure(7.2, max(2.0, 0.8 + 0.05 * len(shares)))
     axis = figure.subplots()
+    axis.set_facecolor(GREY)
     drawn = axis.imshow(
         shares, aspect="auto", interpolation="nearest", vmin=0.3, vmax=1,
         extent=(0.5, len(table) + 0.5, len(shares) + 0.5, 0.5),
@@ -131,20 +155,24 @@ def multiply_adds(run):
     return figure
 
 
+def kept_channels(channels, blocks=None):
+    """Of each convolution, without the image's 3; 0 where its block is dropped."""
+    kept_blocks(len(channels), channels, blocks)  # which checks them
+    n = shapes.blocks_per_stage(len(channels))
+    counts = blocks or (n, n, n)
+    kept = [True] + [block < count for count in counts for block in range(n) for _ in range(2)]
+    return [C if keep else 0 for C, keep in zip(channels[1:], kept, strict=True)]
+
+
 def bars(full, channels, blocks=None):
     """Two rows of bars, one a convolution: the unpruned network's channels and the pruned one's.
 
     A bar is missing where its block was dropped.
     """
     depth = len(full)
-    n = shapes.blocks_per_stage(depth)
-    kept_blocks(depth, channels, blocks)  # which checks them
-    counts = blocks or (n, n, n)
-    kept = [True] + [block < count for count in counts for block in range(n) for _ in range(2)]
-    pruned = [C if keep else 0 for C, keep in zip(channels[1:], kept, strict=True)]
     figure = _figure(7.2, 2.6)
     axes = figure.subplots(2, 1, sharex=True, sharey=True)
-    rows = (("before", full[1:], GREY), ("after", pruned, BLUE))
+    rows = (("before", full[1:], GREY), ("after", kept_channels(channels, blocks), BLUE))
     for axis, (name, values, colour) in zip(axes, rows, strict=True):
         axis.bar(range(1, depth), values, color=colour)
         axis.set_ylabel(f"channels {name}")

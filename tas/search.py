@@ -47,6 +47,8 @@ class SearchNetwork(nn.Module):
         self.register_buffer("choices", torch.tensor(choices), False)  # (L, 8)
         self.register_buffer("after", torch.tensor(self.depth_choices) - 1, False)  # these blocks
         self.full_widths = [row[-1] for row in choices]
+        strided = [[stage > 0 and block == 0 for block in range(n)] for stage in range(3)]
+        self.register_buffer("_strided", torch.tensor(strided), False)  # (3, n)
         self.apply(initialize)
 
     def arch_parameters(self):
@@ -149,18 +151,33 @@ class SearchNetwork(nn.Module):
         A convolution counts with the expected widths of its input and output, by softmax of the
         attentions; a block with the probability that its stage is deep enough to have it.
         """
-        n = self.n
         C = (F.softmax(self.width_attentions, dim=1) * self.choices).sum(1)  # (L), E[C_out]
-        C_in, C_out = C[:-1].view(3, n, 2), C[1:].view(3, n, 2)  # of conv_a and conv_b
-        blocks = (9 * C_in * C_out).sum(2)  # (3, n), a pixel
-        shortcuts = C_in[1:, :1, 0] * C_out[1:, :1, 1]  # of the first blocks of stages 1 and 2
-        blocks = blocks + F.pad(shortcuts, (0, n - 1, 1, 0))
+        searched = self.depth_attentions is not None
+        return self._count(C, self._strided, self._probability_of_blocks() if searched else 1, size)
+
+    @torch.no_grad()
+    def argmax_multiply_adds(self, size=(32, 32)):
+        """In millions, (): of the network that the largest attentions give now (`derive`).
+
+        On the device, so that no step of a search waits for it.
+        """
+        C = self.choices.gather(1, self.width_attentions.argmax(1, keepdim=True))[:, 0]
+        kept = 1
         if self.depth_attentions is not None:
-            blocks = blocks * self._probability_of_blocks()
-        pixels = size[0] * size[1]
+            last = self.after[self.depth_attentions.argmax(1, keepdim=True)]  # (3, 1)
+            kept = torch.arange(self.n, device=C.device) <= last
+        ends = C[:-1].view(3, -1, 2)[:, :, 0], C[1:].view(3, -1, 2)[:, :, 1]
+        return self._count(C.to(self.width_attentions), self._strided | ends[0].ne(ends[1]), kept,
+                           size)  # fmt: skip
+
+    def _count(self, C, shortcuts, kept, size):
+        """In millions: of widths C (L), of (3, n) blocks with shortcuts (0 or 1), kept a share."""
+        C_in, C_out = C[:-1].view(3, -1, 2), C[1:].view(3, -1, 2)  # of conv_a and conv_b
+        blocks = (9 * C_in * C_out).sum(2) + shortcuts * C_in[:, :, 0] * C_out[:, :, 1]  # a pixel
+        blocks, pixels = (blocks * kept).sum(1), size[0] * size[1]
         count = 9 * 3 * C[0] * pixels
         for stage in range(3):
-            count = count + blocks[stage].sum() * (pixels // 4**stage)
+            count = count + blocks[stage] * (pixels // 4**stage)
         return (count + C[-1] * self.classifier.out_features) / 1e6
 
     def _probability_of_blocks(self):

@@ -591,3 +591,6 @@ def test_hub_gives_a_network_that_a_search_found(tmp_path):
         load()
     with pytest.raises(utils.UserError, match="cannot read 'nothing'"):
         load(arch="nothing")
+    for classes in (0, -3):
+        with pytest.raises(utils.UserError, match="give 1 or more"):
+            load(arch=run / "tas.json", num_classes=classes)

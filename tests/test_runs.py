@@ -454,3 +454,23 @@ def test_time_left_is_told_where_minutes_are_left(tmp_path, monkeypatch):
         clock[0] += seconds
         each.epoch_done()
     assert [line.split(":")[0] for line in said] == ["98 epochs left", "96 epochs left"]
+
+
+def test_a_folder_is_a_run_when_all_that_it_began_with_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    cell = genotypes.PCDARTS
+    args = types.SimpleNamespace(epochs=1, report=None, save_every=1, resume=None, save="x", seed=0,
+                                 tensorboard=False)  # fmt: skip
+    seen = []
+
+    def begin(folder):
+        seen.extend(path.name for path in folder.iterdir())
+        raise KeyboardInterrupt  # as a kill there would end it
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.Run("eval", args, torch.device("cpu"), {}, {}, cell, begin, classes=["a"])
+    assert {"genotype.json", "scripts"} <= set(seen) and "args.json" not in seen
+    assert files.read_args(only(tmp_path, "eval-x-*")) == {}  # which --resume refuses
+    runs.Run("eval", args, torch.device("cpu"), {}, {}, cell, classes=["a"])
+    assert files.read_args(sorted(tmp_path.glob("eval-x-*"))[-1])["classes"] == ["a"]

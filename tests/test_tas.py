@@ -111,6 +111,8 @@ def test_derived_network(case):
     assert blocks == (figure(case, "derived_blocks").tolist() if CASES[case] else None)
     count = tas.multiply_adds(depth, channels, classes, blocks)
     assert count == pytest.approx(figure(case, "derived_mmacs").item(), abs=1e-8)
+    on_device = golden_network(case).argmax_multiply_adds()
+    assert on_device.item() == pytest.approx(count, rel=1e-12)
 
     network = tas.PrunedNetwork(depth, channels, classes, blocks)
     assert shapes_of(network) == names(case, "derived_names")
@@ -609,3 +611,16 @@ def test_the_convolutions_that_are_measured_alone_are_all_of_a_draw(choice):
         tas_plain.convolutions(network, torch.zeros(1, 3, 16, 16), index)
     count = tas.multiply_adds(14, channels, 10, size=(16, 16)) - 10 * channels[-1] / 1e6
     assert counter.get_total_flops() == pytest.approx(2e6 * count, abs=0.5)
+
+
+@pytest.mark.parametrize("depth, searched", [(8, False), (20, True), (56, True), (32, False)])
+def test_argmax_multiply_adds_are_those_of_the_derived_network(depth, searched):
+    network = tas.SearchNetwork(depth, 7, searched).double()
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for attentions in network.arch_parameters():
+                attentions.copy_(torch.randn(attentions.shape, generator=generator))
+        channels, blocks = network.derive()
+        count = tas.multiply_adds(depth, channels, 7, blocks, (16, 8))
+        assert network.argmax_multiply_adds((16, 8)).item() == pytest.approx(count, rel=1e-12)

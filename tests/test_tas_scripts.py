@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -148,6 +149,8 @@ def test_a_student_learns_and_is_measured_beside_the_unpruned_network(made):
     assert result["multiply_adds_m"] == pytest.approx([network.multiply_adds, unpruned])
     assert all(time > 0 for n in ("1", "64") for time in result["latency_ms"][n])
     assert "best epoch" in output and "not a result" in output
+    written = [(folder / name).stat().st_mtime_ns for name in ("result.json", "weights.pt")]
+    assert written == sorted(written)  # weights.pt says that the run is finished
     losses = [float(rows(made[name])[-1]["loss"]) for name in ("teacher", "student")]
     assert losses[0] != losses[1]
 
@@ -163,6 +166,7 @@ def test_pictures_of_both(made):
         page = (folder / "report.html").read_text()
         for title in titles | {"curves"}:
             assert f"<h2>{title.capitalize()}</h2>" in page
+        assert page.count("<img") == len(titles) + 1  # each once, though the PNGs lie beside it
         images = {title.replace(" ", "-") + ".png" for title in titles}
         assert images == {path.name for path in folder.glob("*.png")}
 
@@ -295,8 +299,9 @@ def test_half_precision_and_searched_depths(made):
 
 def test_latencies_are_of_each_network():
     slow, fast = nn.Conv2d(3, 256, 7), nn.Conv2d(3, 1, 1)
-    times = loops.latencies([slow, fast], torch.zeros(8, 3, 32, 32), repeats=3)
-    assert times[0] > 2 * times[1] > 0
+    times = loops.latencies([slow, fast], torch.zeros(8, 3, 32, 32), seconds=0)
+    (low, middle, high), (_, fastest, _) = times
+    assert low <= middle <= high and middle > 2 * fastest > 0
     assert slow.training and fast.training
 
 
@@ -333,8 +338,14 @@ def place(made):
     (place / "empty").mkdir()
     for name in ("search", "teacher"):
         shutil.copytree(made[name], place / name)
-    for name in ("unfinished", "cut_weights", "foreign_weights", "other_classes", "one_class_less"):
+    write("endless", target=float("nan"))
+    write("below", multiply_adds=-1.0)
+    broken = "unfinished cut_weights foreign_weights flipped other_classes one_class_less"
+    for name in broken.split():
         shutil.copytree(made["teacher"], place / name)
+    flipped = bytearray((place / "flipped" / "weights.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (place / "flipped" / "weights.pt").write_bytes(flipped)
     (place / "unfinished" / "weights.pt").unlink()
     (place / "cut_weights" / "weights.pt").write_bytes(b"PK")
     torch.save({"x": torch.zeros(1)}, place / "foreign_weights" / "weights.pt")
@@ -390,6 +401,16 @@ WRONG = [
     (f"{T} {ON_DIGITS} --arch blocks.json", "blocks[2] is 2"),
     (f"{T} {ON_DIGITS} --arch two_blocks.json", "2 numbers of blocks"),
     (f"{T} {ON_DIGITS} --arch a_count.json", "are numbers"),
+    (f"{T} {ON_DIGITS} --arch endless.json", "are numbers"),
+    (f"{T} {ON_DIGITS} --arch below.json", "are numbers"),
+    (f"{T} {ON_DIGITS} --arch ~nobody-of-this-name/x", "home folder"),
+    (f"{T} --set folder --data ~nobody-of-this-name/x --depth 8", "home folder"),
+    (f"{T} {ON_DIGITS} --depth 8 --teacher ~nobody-of-this-name/x", "home folder"),
+    (f"{T} {ON_DIGITS} --depth 8 --teacher=", "no run of train_tas.py"),
+    (f"{T} {ON_DIGITS} --depth 8 --teacher flipped", "weights.pt", "no intact"),
+    (f"{T} {ON_DIGITS} --depth 8 --teacher teacher --mean .5,.5,.5", "normalized"),
+    (f"{T} --set digits --depth 8 --teacher teacher", "8 x 8, not 16 x 16"),
+    (f"{S} {ON_DIGITS} --tau_max 1e-40 --tau_min 1e-42", "--tau_max"),
     (f"{T} {ON_DIGITS} --arch fine.json --depth 20", "depth 8, not 20"),
     (f"{T} {ON_DIGITS} --arch {{}}", "--arch", "depth, channels"),
     (f"{T} {ON_DIGITS} --depth 8 --teacher nowhere", "nowhere", "no run of train_tas.py"),
@@ -448,6 +469,52 @@ def test_a_trained_network_can_be_exported(made):
     trained = found.load_trained(made["student"]).eval()
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(network(x), trained(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_network_can_be_tested_again(made):
+    output, _ = run(f"test.py --model_path {made['student']} --set digits", made["cwd"])
+    assert f"top-1 {float(rows(made['student'])[-1]['test_top1']):.2f} %" in output.splitlines()[-1]
+    output, _ = run(f"test.py --model_path {made['search']}", made["cwd"], code=2)
+    assert "python train_tas.py --arch" in output and output.count("\n") == 1
+
+
+def test_runs_are_compared(made, tmp_path):
+    runs = [report.read(made[name]) for name in ("search", "search", "teacher", "student")]
+    searches, trainings = report.tables(runs)
+    assert (
+        searches[0]["multiply-adds (M)"]
+        == f"{float(rows(made['search'])[-1]['argmax_m']):.1f} ± 0.0"
+    )
+    assert all("±" not in row["parameters (M)"] != "–" for row in trainings)
+    assert report.compare(runs, tmp_path / "comparison.html").exists()
+
+
+def test_every_picture_has_the_wanted_format(made, tmp_path):
+    run(f"visualize.py {made['search']} --format svg --out {tmp_path}", made["cwd"])
+    assert (tmp_path / "widths-over-the-epochs.svg").exists()
+    run(f"visualize.py {made['search']}/tas.json --format pdf --out {tmp_path}", made["cwd"])
+    assert (tmp_path / "tas-network.pdf").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"depth": 21}, {"depth": "x"}, {"depth": 20}, {"flop_ratio": 0}, {"tolerance": None}],
+)
+def test_damaged_arguments_are_one_line(changes, made, tmp_path):
+    folder = shutil.copytree(made["search"], tmp_path / "damaged")
+    about = json.loads((folder / "args.json").read_text())
+    about["args"] |= changes
+    (folder / "args.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="is damaged"):
+        pictures.pictures(folder)
+
+
+def test_dropped_blocks_are_grey():
+    channels = tas.full_channels(14)
+    epochs = [{"channels": channels, "blocks": [2, 1, 2]}]
+    [image] = pictures.widths(epochs, channels).axes[0].images
+    dropped = [row for row, share in enumerate(image.get_array()[:, 0]) if share is np.ma.masked]
+    assert dropped == [7, 8]  # of the stem and 4 in each stage the last two of the second
 
 
 @pytest.mark.parametrize("text", ['{"channels": 1}\n', "[]\n", "{\n"])
