@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from torchvision import models
 
 import genotypes
+import operations
 import recipe
 import reid
 from operations import OPS
 from reid import data, metrics
-from reid.model import LAYERS, Head, ReIDNetwork, ResNet, multiply_adds, reductions, stem
+from reid.model import LAYERS, Head, ReIDNetwork, ResNet, multiply_adds, reductions
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -770,7 +771,7 @@ def test_network_is_stem_cells_and_head_in_this_order():
 
 
 def test_stem_and_head():
-    assert stem(6)(torch.zeros(2, 3, 48, 24)).shape == (2, 6, 12, 6)
+    assert operations.stem("resnet", 6)["stem"](torch.zeros(2, 3, 48, 24)).shape == (2, 6, 12, 6)
     embeddings, logits = Head(8, 3, 5)(torch.randn(4, 8, 3, 2))
     assert embeddings.shape == (4, 5) and logits.shape == (4, 3)
     torch.testing.assert_close(embeddings.mean(0), torch.zeros(5), rtol=0, atol=1e-6)  # normed
