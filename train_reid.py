@@ -106,8 +106,8 @@ def main(args):
     if args.rerank:
         found["re-ranked"] = retrieve(network, people, args, device, run, rerank=True)
     if is_main():
-        files.save(network.state_dict(), folder / "weights.pt")
         pictures.save(folder, people, found, log, args.report)
+        files.save(network.state_dict(), folder / "weights.pt")  # the last: it says "finished"
     log.info("evaluate it again: python train_reid.py --test %s", shlex.quote(str(folder)))
     for name, result in found.items():
         log.info("%s", line(f"after the last epoch{name and f', {name}'}", result.figures))
