@@ -1,4 +1,7 @@
-"""The architecture step: Adam on alphas and betas, first or second order (DARTS, section 2.3)."""
+"""The search's two steps in turn: Adam on alphas and betas, SGD on the weights (DARTS, section 2).
+
+Architect is the first of them, of first or second order; search_step is both (algorithm 1).
+"""
 
 from contextlib import contextmanager
 
@@ -114,6 +117,24 @@ class Architect:
             yield
         finally:
             _copy(kept, buffers)
+
+
+def search_step(train, valid, weights, gradients, architect, optimizer, args):
+    """Alphas and betas on the batch `valid`, unless it is None, then the weights on `train`.
+
+    train, valid: (input (N, 3, H, W), target (N,)). gradients: a fused.Gradients of the training
+    loss. optimizer: of the weights. args: unrolled, grad_clip. Returns loss and logits of the
+    training batch, and the norm of its gradient before it is clipped.
+    """
+    if valid is not None:  # not frozen
+        eta = optimizer.param_groups[0]["lr"]
+        architect.step(*train, *valid, eta, optimizer, unrolled=args.unrolled)
+    loss, logits, values = gradients(weights, *train)  # none for alphas and betas
+    for weight, value in zip(weights, values, strict=True):
+        weight.grad = value
+    norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
+    optimizer.step()
+    return loss, logits, norm
 
 
 def _concat(xs):

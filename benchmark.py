@@ -34,7 +34,8 @@ import fused
 import genotypes
 import utils
 from architect import Architect
-from harness import costs, data, flags, imagenet, loops, report, script
+from architect import search_step as take_step
+from harness import costs, data, flags, imagenet, report, script
 from model import NetworkCIFAR
 from model_search import Network
 
@@ -258,7 +259,7 @@ def training_step(network, amp, x, y):
 
 
 def search_step(network, train, valid, unrolled, released=False, amp=False):
-    """A function that takes a step of the published search, loops.search_step.
+    """A function that takes a step of the published search, architect.search_step.
 
     train, valid: iterators of (x, y). unrolled: None for the weights only, as while alphas and
     betas are frozen. released: with all gradients in both halves of the step.
@@ -277,7 +278,7 @@ def search_step(network, train, valid, unrolled, released=False, amp=False):
 
     def step():
         held_out = None if unrolled is None else next(valid)
-        loops.search_step(next(train), held_out, weights, gradients, architect, optimizer, args)
+        take_step(next(train), held_out, weights, gradients, architect, optimizer, args)
 
     return step
 

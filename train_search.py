@@ -4,9 +4,9 @@
     python train_search.py --set digits             # needs no download
     python train_search.py --set folder --data DIR  # DIR/train/CLASS/*.png, DIR/test/CLASS/*.png
 
-Alphas and betas stay frozen for --begin epochs; then each step updates them on a batch of the
-validation half, and the weights on one of the training half. Prints the genotype, which
-`train.py --arch RUN` trains. What was measured with this code: docs/evidence.md.
+Alphas and betas stay frozen for --begin epochs; then each step (architect.search_step) updates
+them on a batch of the validation half, and the weights on one of the training half. Prints the
+genotype, which `train.py --arch RUN` trains. What was measured with this code: docs/evidence.md.
 """
 
 import shlex

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 
 import fused
-from architect import Architect
-from harness import costs, distributed, loops
+from architect import Architect, search_step
+from harness import costs, distributed
 from harness.flags import FORMS
 from model_search import Network
 
@@ -133,7 +133,7 @@ class Steps:
     def __call__(self, n=None):
         self.model.resample()
         batch = self.x[:n], self.y[:n]
-        loops.search_step(
+        search_step(
             batch, batch if self.learns else None, self.weights, self.gradients, self.architect,
             self.optimizer, self.args,
         )  # fmt: skip

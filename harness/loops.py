@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from architect import search_step
 from harness import distributed
 from harness.costs import peak_memory
 from utils import AverageMeter, UserError, accuracy
@@ -115,7 +116,7 @@ class Figures:
 
 
 def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, args, frozen, run):
-    """One epoch of bilevel search (DARTS, algorithm 1): an architecture step, then a weight step.
+    """One epoch of bilevel search: an architect.search_step for each batch of `loader`.
 
     docs/differences.md, 2 and 3.
 
@@ -134,22 +135,6 @@ def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, 
         figures.update(loss, logits, y, norm)
         run.step(figures)
     return figures.result(loader.device)
-
-
-def search_step(train, valid, weights, gradients, architect, optimizer, args):
-    """Alphas and betas on the batch `valid`, unless it is None, then the weights on `train`.
-
-    Returns loss and logits of the training batch, and the norm of its gradient.
-    """
-    if valid is not None:
-        eta = optimizer.param_groups[0]["lr"]
-        architect.step(*train, *valid, eta, optimizer, unrolled=args.unrolled)
-    loss, logits, values = gradients(weights, *train)  # none for alphas and betas
-    for weight, value in zip(weights, values, strict=True):
-        weight.grad = value
-    norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
-    optimizer.step()
-    return loss, logits, norm
 
 
 def classify(model, criterion, x, y, args):

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import recipe
-from architect import Architect
+from architect import Architect, search_step
 from fused import Gradients
-from harness import costs, distributed, flags, forms, loops, runs
+from harness import costs, distributed, flags, forms, runs
 from helpers import ROOT
 from model_search import SAMPLINGS, Network
 from test_architect import CASES, NAMES
@@ -248,7 +248,7 @@ class Search:
             train, valid = (
                 batch(n, self.device, seed=seed + i, dtype=self.dtype) for i in range(2)
             )
-            loss, logits, norm = loops.search_step(
+            loss, logits, norm = search_step(
                 train, valid, self.model.weights(), self.gradients, self.architect,
                 self.optimizer, self.args,
             )  # fmt: skip

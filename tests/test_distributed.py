@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import genotypes
-from architect import Architect
+from architect import Architect, search_step
 from fused import Gradients
 from harness import distributed, imagenet, loops
 from model import NetworkImageNet
@@ -84,7 +84,7 @@ def search(synchronized, unrolled, sizes):
     for i, n in enumerate(sizes):
         train, valid = (mine(batch(n, 64, seed=10 * i + j)) for j in range(2))
         both = architect, optimizer
-        loops.search_step(train, valid, network.weights(), gradients, *both, args)
+        search_step(train, valid, network.weights(), gradients, *both, args)
     arch = [tensor.detach() for tensor in network.arch_parameters()]
     distributed.check_equal(arch, "alphas and betas")
     statistics = [tensor for name, tensor in network.named_buffers() if "running" in name]
