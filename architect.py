@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fused import Gradients
+from fused import Gradients, copy_into
 
 
 class Architect:
@@ -102,10 +102,10 @@ class Architect:
     def _moved(self, weights, there, back):
         """The model with its weights at `there`, then at `back`, bit for bit: difference 6."""
         try:
-            _copy(there, weights)
+            copy_into(there, weights)
             yield
         finally:
-            _copy(back, weights)
+            copy_into(back, weights)
 
     @contextmanager
     def _buffers_kept(self):
@@ -116,7 +116,7 @@ class Architect:
         try:
             yield
         finally:
-            _copy(kept, buffers)
+            copy_into(kept, buffers)
 
 
 def search_step(train, valid, weights, gradients, architect, optimizer, args):
@@ -140,9 +140,3 @@ def search_step(train, valid, weights, gradients, architect, optimizer, args):
 def _concat(xs):
     """The tensors as one flat vector."""
     return torch.cat([x.reshape(-1) for x in xs])
-
-
-@torch.no_grad()
-def _copy(values, tensors):
-    for value, tensor in zip(values, tensors, strict=True):
-        tensor.copy_(value)

@@ -7,6 +7,6 @@ understand the method.
 
 from fused.cell import Cell
 from fused.comparison import difference
-from fused.gradients import Gradients
+from fused.gradients import Gradients, copy_into
 
-__all__ = ["Cell", "Gradients", "difference"]
+__all__ = ["Cell", "Gradients", "copy_into", "difference"]

@@ -122,7 +122,7 @@ class Gradients:
 
         def outcome(step):
             """{name: tensors} after a step from the same state."""
-            _copy(before, state)
+            copy_into(before, state)
             _disturb(arch, 0.5)
             _disturb(weights, None)
             disturbed = [tensor.clone() for tensor in state]
@@ -142,7 +142,7 @@ class Gradients:
             first, again = (outcome(lambda: self._compute(wanted, input, target)) for _ in range(2))
             replayed = outcome(lambda: _replay(entry, input, target))
         finally:
-            _copy(before, state)
+            copy_into(before, state)
         rounding = ROUNDING_AMP if self.amp else ROUNDING.get(input.dtype, ROUNDING_AMP)
         errors = {name: _error(replayed[name], first[name]) for name in first}
         limits = {  # where the step itself is not the same twice, ten times that
@@ -196,7 +196,8 @@ def _error(tensors, expected):
 
 
 @torch.no_grad()
-def _copy(values, tensors):
+def copy_into(values, tensors):
+    """The values, a list, into the tensors, in place."""
     for value, tensor in zip(values, tensors, strict=True):
         tensor.copy_(value)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused import Gradients
+from fused import Gradients, copy_into
 from model_search import KINDS
 
 
@@ -52,18 +52,12 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
             sides = []
             for sign in (1, -1):
                 there = [a + sign * step * part for a, part in zip(kept, v)]  # noqa: B905
-                _copy(there, alphas)
+                copy_into(there, alphas)
                 sides.append(gradients(alphas, input, target)[2])
             product = [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
             value = sum((p * part).sum() for p, part in zip(product, v, strict=True))
             v = product
         return float(value)  # the Rayleigh quotient
     finally:
-        _copy(kept, [*alphas, *architect_like])
+        copy_into(kept, [*alphas, *architect_like])
         model.train(training)
-
-
-@torch.no_grad()
-def _copy(values, tensors):
-    for value, tensor in zip(values, tensors, strict=True):
-        tensor.copy_(value)
