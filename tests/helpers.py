@@ -31,8 +31,8 @@ def warm_python():
 
 
 def torchrun(processes):
-    """The words before a script's that run it in several processes, each of a warm Python."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    """The words before a script's that run it in several processes, all of a warm Python."""
+    launcher = [*warm_python(), "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     return [*launcher, "--standalone", "--no-python", *warm_python()]
 
 

@@ -120,7 +120,7 @@ def test_a_training(whole):
 
 
 def test_a_resnet_to_compare_with(whole, tmp_path):
-    output = run(f"{TRAIN} --epochs 1 --arch resnet18", tmp_path)
+    output = run(f"{TRAIN} --epochs 1 --arch resnet18 --save_every 10", tmp_path)
     folder = only(tmp_path, "eval-*")
     assert "resnet18 of torchvision, not pretrained: --layers, --init_channels and" in output
     assert "network: 11.180" in output and not (folder / "genotype.json").exists()

@@ -23,6 +23,7 @@ from helpers import copy_code, warm_python
 
 ROOT = Path(__file__).parents[1]
 TINY_SEARCH = "--set digits --epochs 2 --begin 1 --batch_size 128 --init_channels 8 --layers 3"
+TINY_SEARCH += " --input_size 8"
 TINY_TRAIN = "--set digits --epochs 2 --init_channels 4 --layers 3 --batch_size 256"
 
 
@@ -85,7 +86,7 @@ def test_search_says_what_a_user_wants_to_know(runs):
     assert "running on the CPU" in out or "device cuda" in out or "device mps" in out
     printed = [line for line in out.splitlines() if "genotype = " in line][-1]
     assert genotypes.parse(printed) == genotypes.load(str(folder))
-    assert f"python train.py --arch {folder.name} --set digits" in out
+    assert f"python train.py --arch {folder.name} --set digits --input_size 8" in out
 
 
 def test_frozen_epochs_leave_alphas_and_betas_alone(tmp_path):

@@ -1,11 +1,13 @@
 """A Python that has imported torch already: it starts a script in a tenth of a second, not in four.
 
     python -S -E warm.py SOCKET script.py --flag ...    # as python script.py --flag ...
+    python -S -E warm.py SOCKET -m module --flag ...    # as python -m module --flag ...
     python warm.py --serve SOCKET                       # what that talks to, until its stdin ends
 
 The script runs in a process of its own, forked from the server before anything is computed, with
 the terminal, folder, environment, exit code and signals of the one who started it; but for SIGKILL
-and SIGSTOP, which do not get through. helpers.PYTHON is how the tests use it.
+and SIGSTOP, which do not get through. It ends without the second that Python takes to throw torch
+away. helpers.warm_python is how the tests use it.
 """
 
 import os
@@ -38,8 +40,19 @@ def client(path, words):
     sys.exit(os.waitstatus_to_exitcode(status))
 
 
+def reap(*_):
+    """Waits for the forks that have ended, whose processor time thus counts as the server's."""
+    while True:
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                return
+        except ChildProcessError:
+            return
+
+
 def serve(path):
     """Waits for a client; returns in the process that shall run its script, set up for it."""
+    import gc
     import json
     import select
     import socket
@@ -48,10 +61,12 @@ def serve(path):
     import torchvision  # noqa: F401
 
     torch.optim.SGD([torch.zeros(1)])  # which imports torch._dynamo
+    gc.collect()
+    gc.freeze()  # a collection in a fork writes to none of this, which would copy it all
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    signal.signal(signal.SIGCHLD, reap)
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         client, _ = listener.accept()
         if os.fork():
@@ -82,15 +97,42 @@ def serve(path):
     os._exit(0)
 
 
-if __name__ == "__main__" and sys.argv[1] == "--serve":
+def run():
+    """Runs the script or module of sys.argv, as Python does."""
     import runpy
 
-    serve(sys.argv[2])
     if sys.argv[0] == "-u":
         sys.argv.pop(0)
         sys.stdout.reconfigure(write_through=True)
+    if sys.argv[0] == "-m":
+        sys.argv.pop(0)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
     beside = os.path.dirname(os.path.abspath(sys.argv[0]))
     sys.path[:1] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def leave(code):
+    """Ends this process as Python does, but for taking its modules apart."""
+    import atexit
+    import threading
+
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__" and sys.argv[1] == "--serve":
+    serve(sys.argv[2])
+    try:
+        run()
+    except SystemExit as end:  # all else that is raised ends it the long way
+        if not isinstance(end.code, int | None):
+            raise
+        leave(end.code or 0)
+    leave(0)
 elif __name__ == "__main__":
     client(sys.argv[1], sys.argv[2:])
