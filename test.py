@@ -36,6 +36,7 @@ def get_args():
     add("--workers", type=flags.natural, default=4, help="processes that read ImageNet's images")
     given = parser.parse_args()
     about = files.read_args(run_folder(given))
+    check_script(about, given.model_path, run_folder(given))  # before its flags are read
     run = about.get("args", {})
     if about.get("script") == "train_imagenet":
         run |= {"set": "imagenet", "data": run.get("tmp_data_dir")}
@@ -53,6 +54,16 @@ def run_folder(args):
     return path if path.is_dir() else path.parent
 
 
+def check_script(about, path, folder):
+    """UserError, with what to do, where the run is none of those that this script tests."""
+    if str(about.get("script")).startswith("train_search"):
+        trained_by = about["script"].replace("_search", "")
+        hint = f"train what it found, python {trained_by}.py --arch {folder}"
+        raise utils.UserError(f"{path} is of a search: {hint}")
+    if about.get("script") == "train_reid":
+        raise utils.UserError(f"{path} is of Auto-ReID: python train_reid.py --test {folder}")
+
+
 def is_colour(value):
     numbers = isinstance(value, list) and all(isinstance(v, float) for v in value)
     return numbers and len(value) == 3
@@ -61,12 +72,6 @@ def is_colour(value):
 def main(args):
     folder, path = run_folder(args), Path(args.model_path)
     about = files.read_args(folder)
-    if str(about.get("script")).startswith("train_search"):
-        trained_by = about["script"].replace("_search", "")
-        hint = f"train what it found, python {trained_by}.py --arch {folder}"
-        raise utils.UserError(f"{path} is of a search: {hint}")
-    if about.get("script") == "train_reid":
-        raise utils.UserError(f"{path} is of Auto-ReID: python train_reid.py --test {folder}")
     if path.is_dir():
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
     state, network = files.load(path), None

@@ -23,7 +23,14 @@ from harness import distributed, files, flags, loops, script
 from harness.distributed import is_main
 from harness.runs import Run, load_genotype
 from reid import PKBatches, RetrievalLoss, data, pictures
-from reid.flags import add_arguments, cross_entropy_weight, milestones, parse_args, whole_numbers
+from reid.flags import (
+    add_arguments,
+    check_triplets,
+    cross_entropy_weight,
+    milestones,
+    parse_args,
+    whole_numbers,
+)
 from reid.loader import Loader, retrieve
 from reid.model import RESNETS, ReIDNetwork, ResNet, check_size, multiply_adds
 
@@ -63,6 +70,7 @@ def main(args):
     size = args.height, args.width
     if args.test is not None:
         return test(args, people, genotype, device)
+    check_triplets(args)
     labels, identities = data.labels(people.train.ids)
     world = distributed.rank(), distributed.world_size()
     batches = PKBatches(people.train.ids, args.identities, args.instances, args.seed, *world)
@@ -89,6 +97,7 @@ def main(args):
     introduce(log, args, people, identities, genotype)
     log.info("network: %.6f M parameters, %.2f M multiply-adds", about["parameters_m"], macs)
 
+    last = None  # what the last epoch's retrieval gave
     for epoch in range(run.epoch, args.epochs):
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         lr = scheduler.get_last_lr()[0]
@@ -97,12 +106,13 @@ def main(args):
         distributed.broadcast(network.buffers())
         tested = dict.fromkeys(("rank1", "rank5", "rank10", "rank20", "mAP"), math.nan)
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-            tested = retrieve(network, people, args, device, run).figures
+            last = retrieve(network, people, args, device, run)
+            tested = last.figures
             log.info("%s", line("retrieval", tested))
         report(run, args, lr, figures, tested)
         run.epoch_done(tested=tested)
 
-    found = {"": retrieve(network, people, args, device, run)}
+    found = {"": last or retrieve(network, people, args, device, run)}
     if args.rerank:
         found["re-ranked"] = retrieve(network, people, args, device, run, rerank=True)
     if is_main():

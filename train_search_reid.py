@@ -24,7 +24,13 @@ from harness import analysis, distributed, files, flags, loops, script
 from harness.distributed import is_main
 from harness.runs import Run
 from reid import PKBatches, RetrievalLoss, data
-from reid.flags import add_arguments, cross_entropy_weight, parse_args, whole_numbers
+from reid.flags import (
+    add_arguments,
+    check_triplets,
+    cross_entropy_weight,
+    parse_args,
+    whole_numbers,
+)
 from reid.loader import Loader
 from reid.model import ReIDNetwork, check_size
 from reid.supernet import Supernet
@@ -52,6 +58,7 @@ def get_args():
 def main(args):
     device = distributed.start(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
+    check_triplets(args)
     people = data.load(args.set, args.data)
     halves = data.halves(people.train, args.seed)
     identities = data.labels(halves[0].ids)[1]
@@ -109,7 +116,8 @@ def main(args):
         genotypes.save(genotype, folder / "genotype.json", model.primitives)
         files.save(model.state_dict(), folder / "weights.pt")
     log.info("genotype = %s", genotypes.text(genotype))
-    where = f"--set {args.set}" + ("" if args.set == "digits" else f" --data {args.data}")
+    where = f"--set {args.set} --height {args.height} --width {args.width} --layers {args.layers}"
+    where += "" if args.set == "digits" else f" --data {shlex.quote(args.data)}"
     log.info("train it: python train_reid.py --arch %s %s", shlex.quote(str(folder)), where)
 
 

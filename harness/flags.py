@@ -246,7 +246,7 @@ def _agreeing(args):
     if getattr(args, "plain", False) and form.startswith("fused"):
         raise UserError(f"--plain and --form {form}: give one of them")
     plain = "--plain" if getattr(args, "plain", False) else f"--form {form}"
-    if "plain" in plain and args.recompute:
+    if "plain" in plain and getattr(args, "recompute", False):
         raise UserError(f"--recompute is of the fast form: leave it out, or leave out {plain}")
     if getattr(args, "compile", False) and getattr(args, "sync_bn", False):
         raise UserError("--compile has no --sync_bn: leave one of them out")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import operator
 
 import numpy as np
@@ -44,7 +45,8 @@ def shade(axis, run):
 def curves(run):
     """Loss, accuracy and learning rate over the epochs."""
     figure, (loss, accuracy, rate) = subplots(3, 7.2, 2.1)
-    tested = run.accuracy.removesuffix("top1")  # "", "test_" or "val_"
+    # "", "test_" or "val_"; "" where the result is of another kind, with a curve of its own
+    tested = "" if "result" in run.about else run.accuracy.removesuffix("top1")
     other = tested or ("valid_" if run.column("valid_top1") else "")  # of a search with --validate
     for axis, name, title in ((loss, "loss", "loss"), (accuracy, "top1", "top-1 accuracy (%)")):
         shade(axis, run)
@@ -56,6 +58,9 @@ def curves(run):
     if "result" in run.about and run.measured:
         epochs, values = zip(*run.measured, strict=True)
         accuracy.plot(epochs, values, color=ORANGE, linewidth=1.1, label=run.accuracy)
+        precisions = [row["mAP"] for row in run.rows if not math.isnan(row.get("mAP", math.nan))]
+        if len(precisions) == len(epochs):
+            accuracy.plot(epochs, precisions, color=GREEN, linewidth=1.1, label="mAP")
         accuracy.set_title("%")
     if tested and run.measured:
         best, last = max(run.measured, key=operator.itemgetter(1)), run.measured[-1]

@@ -22,7 +22,7 @@ SETS = ("market1501", "dukemtmc", "msmt17", "digits")
 DIGITS = Path(__file__).parent.parent / "harness" / "digits.npz"
 CAMERAS = 3  # made up, for digits
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, customary here
-NAME = re.compile(r"(-1|\d+)_c(\d+)\D.*")  # <pid>_c<camera>..., as 0002_c1s1_000451_03.jpg
+NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})\D.*")  # <pid>_c<camera>..., as 0002_c1s1_000451_03.jpg
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
@@ -70,6 +70,9 @@ def read_market(root):
         if not folder.is_dir():
             raise UserError(f"{root} has no folder {folder.name}: give the root of the data set")
     train, query, gallery = (_folder(folder) for folder in folders)
+    if (query.ids == 0).any():
+        name = query.images[int(np.flatnonzero(query.ids == 0)[0])]
+        raise UserError(f"{name} is of identity 0, a distractor, which no query is: remove it")
     train = select(train, np.flatnonzero(train.ids > 0))
     return checked(ReIDSet(train, query, gallery, f"{root}: names as of Market-1501"))
 
@@ -122,8 +125,8 @@ def _list(file, folder):
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(\S+)\s+(\d+)\s*", line)
-        camera = match and re.fullmatch(r"[^_]*_[^_]*_(\d+)_.*", Path(match[1]).name)
+        match = re.fullmatch(r"(\S+)\s+(\d{1,9})\s*", line)
+        camera = match and re.fullmatch(r"[^_]*_[^_]*_(\d{1,9})_.*", Path(match[1]).name)
         if not camera:
             raise UserError(f"{file}, line {i}, is not `path pid` with the camera in the third "
                             "field of the name: mend it")  # fmt: skip

@@ -2,7 +2,7 @@
 
 import argparse
 
-from harness import flags
+from harness import distributed, flags
 from harness.files import read_args
 from utils import UserError
 
@@ -61,15 +61,19 @@ def parse_args(parser, digits, inherited=()):
     known.add_argument("--set")
     if inherited:
         known.add_argument("--test")
+        known.add_argument("--arch")
     given = known.parse_known_args()[0]
     folder = getattr(given, "test", None)
     stored = {} if folder is None else _args_of(folder)
     if (given.set or stored.get("set")) == "digits":
         parser.set_defaults(**digits)
     # As text, so that argparse checks them as it checks a user's.
-    stored = {name: str(stored[name]) for name in inherited if stored.get(name) is not None}
-    parser.set_defaults(**stored)
+    of_run = {name: str(stored[name]) for name in inherited if stored.get(name) is not None}
+    parser.set_defaults(**of_run)
     args = flags.parse_args(parser)
+    if folder is not None and given.arch not in (None, stored.get("arch")):
+        arch = stored["arch"]
+        raise UserError(f"--test evaluates the network of {folder}, {arch}: leave --arch out")
     if folder is not None and args.resume is not None:
         raise UserError("--test evaluates, --resume goes on: give one of them")
     return args
@@ -83,6 +87,15 @@ def _args_of(folder):
         hint = f"train its cell, train_reid.py --arch {folder}"
         raise UserError(f"{folder} is a run of {about['script']}.py: {hint}")
     return about["args"]
+
+
+def check_triplets(args):
+    """UserError where a step of this process can have no triplets, and its loss is of them too."""
+    world = distributed.world_size()
+    if cross_entropy_weight(args) < 1 and (args.instances < 2 or args.identities // world < 2):
+        has = f"{args.identities // world} identities of {args.instances} images"
+        raise UserError(f"a step has {has} in each process, and a triplet needs 2 of 2: "
+                        "raise --identities or --instances, or give --loss ce")  # fmt: skip
 
 
 def cross_entropy_weight(args):

@@ -14,6 +14,9 @@ class Supernet(Network):
     """
 
     def __init__(self, C, num_classes, layers, criterion, k=1, embedding=512, fused=True):
+        if C // k < 3:  # said here, before the forms of the cell are compared
+            raise ValueError(f"{C} channels and k={k}: part_aware takes 3 channels or more of the "
+                             "C / k: raise --init_channels, or lower --k")  # fmt: skip
         super().__init__(
             C, num_classes, sum(layers), criterion, stem_multiplier=1, k=k, edge_norm=k > 1,
             stem="resnet", primitives=PRIMITIVES_REID, reductions=reductions(layers), fused=fused,

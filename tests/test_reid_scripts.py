@@ -129,12 +129,25 @@ def test_a_resnet_to_compare_with(whole, tmp_path):
     assert "nothing is left to do" in run(f"train_reid.py --resume {folder}", tmp_path)
     cells = only(whole, "eval-whole-*")
     output = run(f"train_reid.py --test {cells} --arch resnet18", tmp_path, code=2)
-    assert "Traceback" not in output and "weights.pt" in output.splitlines()[-1]
+    assert "Traceback" not in output and "leave --arch out" in output.splitlines()[-1]
+    for path in (cells, cells / "weights.pt", only(whole, "search-whole-*")):
+        output = run(f"test.py --model_path {path}", tmp_path, code=2)
+        assert "is of" in output and output.count("\n") == 1, output
+
+
+def test_the_plain_form_finds_the_same(whole, tmp_path):
+    run(f"{SEARCH} --plain --save plain", tmp_path)
+    plain = rows(only(tmp_path, "search-plain-*"))
+    for row, other in zip(plain, rows(only(whole, "search-whole-*")), strict=True):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=0.05)
 
 
 def test_pictures_of_a_run(whole):
     pytest.importorskip("matplotlib")
     folder = only(whole, "eval-whole-*")
+    # A run with weights is finished: none without its pictures.
+    last = (folder / "weights.pt").stat().st_mtime_ns
+    assert all(path.stat().st_mtime_ns <= last for path in folder.glob("*.png"))
     with Image.open(folder / "retrieved.png") as picture:
         assert min(picture.size) > 300
     page = (folder / "report.html").read_text()
@@ -211,6 +224,9 @@ BAD = {
     "empty stage": (f"{SEARCH} --layers 2,0", "--layers"),
     "test of nothing": ("train_reid.py --test nowhere", "no args.json"),
     "k": (f"{SEARCH} --k 5", "5"),
+    "k too large": (f"{SEARCH} --init_channels 8 --k 4", "lower --k"),
+    "no triplets": (f"{SEARCH} --instances 1", "--instances"),
+    "no triplets in training": (f"{TRAIN} --instances 1 --arch REID_SEARCH", "--instances"),
 }
 
 
@@ -238,8 +254,12 @@ def assert_one_line(output, words, cwd):
         (lambda d: [p.unlink() for p in d.glob("bounding_box_train/000[3456]*")], "than the 2"),
         (lambda d: [p.write_text("x") for p in d.glob("bounding_box_train/0002*")],
          "no intact image"),
+        (lambda d: (d / "query" / "99999999999999999999_c1s1.jpg").write_text(""),
+         "not named PID_cCAMERA"),
+        (lambda d: os.rename(next(d.glob("query/0001*")), d / "query" / "0000_c2s1_x.jpg"),
+         "a distractor"),
     ],
-    ids=["empty", "missing", "name", "camera", "single", "few", "damaged"],
+    ids=["empty", "missing", "name", "camera", "single", "few", "damaged", "number", "distractor"],
 )  # fmt: skip
 def test_wrong_data_is_one_line(tmp_path, spoil, words):
     market(tmp_path / "data")
