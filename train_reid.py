@@ -89,6 +89,7 @@ def main(args):
 
     parts = {"model": network, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=identities.tolist(), result="rank1", multiply_adds_m=macs)
+    about["images"] = data.digest(people)
     about["parameters_m"] = utils.count_parameters_in_MB(network)
     run = Run("eval", args, device, parts, {"tested": {}}, genotype, **about)
     if run.finished(args):

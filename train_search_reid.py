@@ -92,6 +92,7 @@ def main(args):
     parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
     about = dict(classes=identities.tolist(), primitives=model.primitives)
+    about["images"] = data.digest(people)
     run = Run("search", args, device, parts, **about)
     if run.finished(args):
         return

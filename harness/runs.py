@@ -35,8 +35,8 @@ class Run:
     plain values that it holds besides. genotype: of a training. epoch: how many are done.
     begin: a function of the folder that writes what else a new run holds from its start.
     write_report: a function of the folder that takes the place of report.write. about: what
-    args.json tells of the data; classes must stay the same. Raises UserError where the folder
-    cannot be made, is in use, or does not fit.
+    args.json tells of the data; classes, and images if given, must stay the same. Raises UserError
+    where the folder cannot be made, is in use, or does not fit.
     """
 
     def __init__(
@@ -60,8 +60,11 @@ class Run:
         if distributed.is_main():
             self._lock()
         if self.resumed:
-            if files.read_args(self.folder).get("classes") != about["classes"]:
+            before = files.read_args(self.folder)
+            if before.get("classes") != about["classes"]:
                 raise UserError(f"{self.folder} learned other classes: give the data of the run")
+            if before.get("images", about.get("images")) != about.get("images"):
+                raise UserError(f"{self.folder} is of other images: give the data of the run")
             self._restore(load_checkpoint(self.folder, self.log), args)
         elif distributed.is_main():
             _copy_scripts(self.folder / "scripts")

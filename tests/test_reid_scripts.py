@@ -268,6 +268,17 @@ def test_wrong_data_is_one_line(tmp_path, spoil, words):
     assert_one_line(run(command, tmp_path, code=2), words, tmp_path)
 
 
+def test_a_run_of_other_images_is_not_resumed(tmp_path):
+    market(tmp_path / "data")
+    command = f"train_reid.py {SMALL} --data data --arch REID_SEARCH --save_every 10 --epochs 1"
+    run(command, tmp_path)
+    folder = only(tmp_path, "eval-*")
+    (folder / "weights.pt").unlink()
+    next((tmp_path / "data" / "query").iterdir()).unlink()
+    output = run(f"train_reid.py --resume {folder}", tmp_path, code=2)
+    assert "is of other images: give the data of the run" in output.splitlines()[-1]
+
+
 def test_loader_goes_on_where_it_was():
     people = data.load("digits")
     labels, _ = data.labels(people.train.ids)
