@@ -21,7 +21,7 @@ from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--init_channels 8 --layers 3 --input_size 32 --workers 1 --tmp_data_dir"
-SEARCH = f"{SMALL} data --batch_size 6 --epochs 2 --begin 1"
+SEARCH = f"{SMALL} data --steps 2 --batch_size 6 --epochs 2 --begin 1"
 TRAIN = f"{SMALL} few --batch_size 16 --epochs 3 --drop_path_prob 0.2"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # the processes share the cores
 

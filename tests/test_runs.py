@@ -23,22 +23,24 @@ import genotypes
 import utils
 from harness import files, runs, script
 from harness.loops import Figures
+from helpers import warm_python
 from test_bad_inputs import Hostile
 from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SEARCH = "train_search.py --set digits --epochs 3 --begin 1 --batch_size 180 --init_channels 8 "
-SEARCH += "--layers 3 --input_size 8 --save_every 0.001 --report_freq 1"
+SEARCH += "--layers 3 --steps 2 --primitives none,max_pool_3x3,skip_connect,sep_conv_3x3 "
+SEARCH += "--input_size 8 --save_every 0.001 --report_freq 1"
 TRAIN = "train.py --set digits --epochs 3 --batch_size 300 --init_channels 4 --layers 3 "
 TRAIN += "--input_size 8 --drop_path_prob 0.3 --cutout --save_every 0.001 --report_freq 1"
 
 
-def start(command, cwd, **more):
+def start(command, cwd, python=(sys.executable,), **more):
     """A script as a process of its own."""
     script, *flags = command.split()
     return subprocess.Popen(
-        [sys.executable, "-u", ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
+        [*python, "-u", ROOT / script, *flags], cwd=cwd, text=True, env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
     )  # fmt: skip
 
@@ -57,7 +59,8 @@ def wait_for(process, words):
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "train_search"])  # torch is imported once, not every time
+# torch is imported once, not every time, and its garbage is collected once.
+FORKS.set_forkserver_preload(["train", "train_search", "tests.frozen"])
 
 
 class Script:
@@ -201,13 +204,14 @@ def test_a_signal_in_the_imagenet_search_with_workers(tmp_path):
         "train_search_imagenet.py --tmp_data_dir data --init_channels 8 --layers 3 --workers 2"
     )
     command += " --input_size 32 --batch_size 4 --epochs 2 --begin 0 --report_freq 1"
-    finish(start(f"{command} --save whole", tmp_path))
+    finish(start(f"{command} --save whole", tmp_path, warm_python()))
     process = start(f"{command} --save told", tmp_path, start_new_session=True)
     wait_for(process, "step 2 of")
     os.killpg(process.pid, signal.SIGTERM)
     assert "SIGTERM: saved" in finish(process, 143)
     folder = only(tmp_path, "search-told-*")
-    finish(start(f"train_search_imagenet.py --resume {folder} --workers 1", tmp_path))
+    command = f"train_search_imagenet.py --resume {folder} --workers 1"
+    finish(start(command, tmp_path, warm_python()))
     first, second = (
         torch.load(only(tmp_path, f"search-{name}-*") / "weights.pt", weights_only=True)
         for name in ("whole", "told")

@@ -288,7 +288,7 @@ def test_darts_sets_exactly_these():
 def test_a_space_of_ones_own_goes_through_search_and_training(tmp_path):
     space = "none,skip_connect,sep_conv_7x7"
     flags = f"8 --begin 0 --primitives {space} --steps 2 --sampling random --eigenvalue 1"
-    flags += " --max_skip 1 --stem imagenet --input_size 64 --unrolled"
+    flags += " --max_skip 1 --stem imagenet --input_size 32 --unrolled"
     out = run(f"train_search.py {TINY} {flags}", tmp_path)
     assert "largest eigenvalue" in out and "in proportion --learning_rate is" in out
     assert "images of a class: " in out
