@@ -33,8 +33,7 @@ from torchvision.datasets import CIFAR10
 import fused
 import genotypes
 import utils
-from architect import Architect
-from architect import search_step as take_step
+from architect import Architect, search_step
 from harness import costs, data, flags, imagenet, report, script
 from model import NetworkCIFAR
 from model_search import Network
@@ -115,7 +114,7 @@ def search(args):
     steps = {}
     for way, sides in ways.items():
         how = {"released": way == "released way", "amp": "bfloat16" in way}
-        steps |= {(way, order): search_step(*sides, ORDERS[order], **how) for order in ORDERS}
+        steps |= {(way, order): searching_step(*sides, ORDERS[order], **how) for order in ORDERS}
     times = in_turns(steps, args)
     rows = []
     for (way, order), seconds in times.items():
@@ -258,7 +257,7 @@ def training_step(network, amp, x, y):
     return step
 
 
-def search_step(network, train, valid, unrolled, released=False, amp=False):
+def searching_step(network, train, valid, unrolled, released=False, amp=False):
     """A function that takes a step of the published search, architect.search_step.
 
     train, valid: iterators of (x, y). unrolled: None for the weights only, as while alphas and
@@ -278,7 +277,7 @@ def search_step(network, train, valid, unrolled, released=False, amp=False):
 
     def step():
         held_out = None if unrolled is None else next(valid)
-        take_step(next(train), held_out, weights, gradients, architect, optimizer, args)
+        search_step(next(train), held_out, weights, gradients, architect, optimizer, args)
 
     return step
 

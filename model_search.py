@@ -329,8 +329,8 @@ class Network(nn.Module):
 def difference_from_fast(C, steps, multiplier, variant):
     """None, or in a few words why the fast cell is not what Cell is; a line tells it, too.
 
-    Found out on two small cells, of two nodes at most. MixedOp, Cell and the operations are
-    whatever they are by now.
+    Found out on two small cells. MixedOp, Cell and the operations are whatever they are by now. Two
+    nodes have every kind of edge: from either input and from a node, and with either stride.
     """
     steps, multiplier = min(steps, 2), min(multiplier, 2)
     edges = sum(2 + j for j in range(steps))

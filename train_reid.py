@@ -88,8 +88,8 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: factor(epoch, args))
 
     parts = {"model": network, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
-    about = dict(classes=identities.tolist(), result="rank1", multiply_adds_m=macs)
-    about["images"] = data.digest(people)
+    about = dict(classes=identities.tolist(), images=data.digest(people), multiply_adds_m=macs)
+    about |= dict(result="rank1", drawn=["mAP"])
     about["parameters_m"] = utils.count_parameters_in_MB(network)
     run = Run("eval", args, device, parts, {"tested": {}}, genotype, **about)
     if run.finished(args):

@@ -91,8 +91,8 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
-    about = dict(classes=identities.tolist(), primitives=model.primitives)
-    about["images"] = data.digest(people)
+    about = dict(classes=identities.tolist(), images=data.digest(people))
+    about["primitives"] = model.primitives
     run = Run("search", args, device, parts, **about)
     if run.finished(args):
         return

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import operator
 
 import numpy as np
@@ -12,7 +11,7 @@ import utils
 from harness import drawing
 
 KINDS = {"normal": "normal cell", "reduce": "reduction cell"}
-BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+BLUE, ORANGE, GREEN, RED, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7"
 
 
 def subplots(n, width, height):
@@ -28,10 +27,11 @@ def epochs_axis(axis, epochs):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def line(axis, values, label=None, color=None, **style):
-    """A curve over epochs 1, 2, ...; a single epoch is a point."""
+def line(axis, values, label=None, color=None, epochs=None, **style):
+    """A curve over epochs, None: 1, 2, ...; a single epoch is a point."""
     marker = "o" if len(values) == 1 else None
-    axis.plot(range(1, len(values) + 1), values, label=label, color=color, linewidth=1.1,
+    epochs = range(1, len(values) + 1) if epochs is None else epochs
+    axis.plot(epochs, values, label=label, color=color, linewidth=1.1,
               marker=marker, markersize=3, **style)  # fmt: skip
 
 
@@ -45,9 +45,8 @@ def shade(axis, run):
 def curves(run):
     """Loss, accuracy and learning rate over the epochs."""
     figure, (loss, accuracy, rate) = subplots(3, 7.2, 2.1)
-    # "", "test_" or "val_"; "" where the result is of another kind, with a curve of its own
-    tested = "" if "result" in run.about else run.accuracy.removesuffix("top1")
-    other = tested or ("valid_" if run.column("valid_top1") else "")  # of a search with --validate
+    other = run.tested  # of a search with --validate "valid_"
+    other = other or ("valid_" if run.column("valid_top1") else "")
     for axis, name, title in ((loss, "loss", "loss"), (accuracy, "top1", "top-1 accuracy (%)")):
         shade(axis, run)
         line(axis, run.column(name), "training", BLUE)
@@ -56,13 +55,12 @@ def curves(run):
             line(axis, run.column(other + name), label, ORANGE)
         axis.set_title(title)
     if "result" in run.about and run.measured:
-        epochs, values = zip(*run.measured, strict=True)
-        accuracy.plot(epochs, values, color=ORANGE, linewidth=1.1, label=run.accuracy)
-        precisions = [row["mAP"] for row in run.rows if not math.isnan(row.get("mAP", math.nan))]
-        if len(precisions) == len(epochs):
-            accuracy.plot(epochs, precisions, color=GREEN, linewidth=1.1, label="mAP")
+        results = [run.accuracy, *run.about.get("drawn", [])]
+        for name, color in zip(results, (ORANGE, PURPLE), strict=False):
+            line(accuracy, [value for _, value in run.values(name)], name, color,
+                 [epoch for epoch, _ in run.values(name)])  # fmt: skip
         accuracy.set_title("%")
-    if tested and run.measured:
+    if (run.tested or "result" in run.about) and run.measured:
         best, last = max(run.measured, key=operator.itemgetter(1)), run.measured[-1]
         for name, (epoch, value), marker, color in (
             ("best", best, "^", RED), ("last", last, "s", GREEN),

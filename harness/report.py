@@ -55,7 +55,8 @@ class Record(NamedTuple):
     def accuracy(self):
         """The column whose last value is the result: on the test images, of a search training.
 
-        A script may name another in args.json, whose values may be NaN where nothing was tested.
+        A script may name another in args.json, whose values may be NaN where nothing was tested,
+        and under "drawn" one more for the curves.
         """
         if "result" in self.about:
             return self.about["result"]
@@ -67,9 +68,18 @@ class Record(NamedTuple):
         return [row[name] for row in self.rows if name in row]
 
     @property
+    def tested(self):
+        """What the names of the tested columns begin with: "test_", "val_"; "" without such."""
+        return "" if "result" in self.about else self.accuracy.removesuffix("top1")
+
+    @property
     def measured(self):
         """[(epoch, result)] of the epochs that were measured."""
-        values = enumerate(self.column(self.accuracy), 1)
+        return self.values(self.accuracy)
+
+    def values(self, name):
+        """[(epoch, value)] of a column, without NaN."""
+        values = enumerate(self.column(name), 1)
         return [(epoch, value) for epoch, value in values if not math.isnan(value)]
 
 
@@ -253,7 +263,7 @@ def tables(runs):
 def summary(group):
     """{column: text} of runs that differ in their seed alone."""
     first, begun = group[0], [run for run in group if run.rows]
-    results = [run.column(first.accuracy) for run in begun if run.column(first.accuracy)]
+    results = [[value for _, value in run.measured] for run in begun if run.measured]
     sizes = [run.column("parameters_m") or [run.about.get("parameters_m")] for run in group]
     seconds = [sum(run.column("seconds")) for run in begun]
     memory = [max(run.column("memory_mib")) for run in begun]
@@ -301,10 +311,12 @@ def compare(runs, path):
         for j, run in enumerate(group):
             style = {"linestyle": styles[i // len(colours) % 4], "alpha": 1 if j == 0 else 0.5}
             label = None if j else f"{run.about['args'].get('save', '')} ({len(group)})"
-            prefix = run.accuracy.removesuffix("top1")
             color = colours[(i + 3) % len(colours)]
-            plots.line(loss, run.column(prefix + "loss"), label, color, **style)
-            plots.line(accuracy, run.column(prefix + "top1"), label, color, **style)
+            plots.line(loss, run.column(run.tested + "loss"), label, color, **style)
+            epochs = [epoch for epoch, _ in run.measured]
+            plots.line(
+                accuracy, [value for _, value in run.measured], label, color, epochs, **style
+            )
     for axis, title in ((loss, "loss"), (accuracy, "top-1 accuracy (%)")):
         plots.epochs_axis(axis, max(len(run.rows) for run in runs))
         axis.set_title(title)

@@ -71,8 +71,8 @@ def parse_args(parser, digits, inherited=()):
     of_run = {name: str(stored[name]) for name in inherited if stored.get(name) is not None}
     parser.set_defaults(**of_run)
     args = flags.parse_args(parser)
-    if folder is not None and given.arch not in (None, stored.get("arch")):
-        arch = stored["arch"]
+    arch = stored.get("arch")
+    if folder is not None and given.arch not in (None, arch):
         raise UserError(f"--test evaluates the network of {folder}, {arch}: leave --arch out")
     if folder is not None and args.resume is not None:
         raise UserError("--test evaluates, --resume goes on: give one of them")

@@ -14,7 +14,7 @@ class Supernet(Network):
     """
 
     def __init__(self, C, num_classes, layers, criterion, k=1, embedding=512, fused=True):
-        if C // k < 3:  # said here, before the forms of the cell are compared
+        if k >= 1 and C // k < 3:  # said here, before the forms of the cell are compared
             raise ValueError(f"{C} channels and k={k}: part_aware takes 3 channels or more of the "
                              "C / k: raise --init_channels, or lower --k")  # fmt: skip
         super().__init__(

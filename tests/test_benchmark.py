@@ -77,7 +77,7 @@ def test_both_sides_take_the_same_step():
         batches = [(torch.randn(4, 3, 32, 32).double(), torch.arange(4)) for _ in range(2)]
         for network, released in ((new, False), (old, True)):
             train, valid = ([each] for each in batches)
-            benchmark.search_step(network, iter(train), iter(valid), unrolled, released)()
+            benchmark.searching_step(network, iter(train), iter(valid), unrolled, released)()
         for a, b in zip(new.arch_parameters(), old.arch_parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
         assert torch.equal(new.arch_parameters()[0], before) == (unrolled is None)

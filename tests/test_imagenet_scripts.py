@@ -21,7 +21,7 @@ from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--init_channels 8 --layers 3 --input_size 32 --workers 1 --tmp_data_dir"
-SEARCH = f"{SMALL} data --steps 2 --batch_size 6 --epochs 2 --begin 1"
+SEARCH = f"{SMALL} data --batch_size 6 --epochs 2 --begin 1"
 TRAIN = f"{SMALL} few --batch_size 16 --epochs 3 --drop_path_prob 0.2"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # the processes share the cores
 
@@ -132,20 +132,20 @@ def test_training_in_one_process_and_its_resume(cwd):
 
 
 def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
-    process = start(f"train_search_imagenet.py {SEARCH} --begin 0 --sync_bn --save two", cwd, 2)
+    process = start(f"train_search_imagenet.py {SEARCH} --epochs 3 --sync_bn --save two", cwd, 2)
 
     def a_rank():
         command = ["pgrep", "-nf", "--", "--save two"]  # the newest is none but a rank
         return int(subprocess.run(command, capture_output=True, text=True).stdout)
 
-    output = kill_after(process, "epoch 1 of 2", a_rank)
+    output = kill_after(process, "epoch 2 of 3", a_rank)
     assert process.returncode == 1
     assert "another process of this job ended" in output or "Signal 9" in output
     folder = only(cwd, "search-two-*")
     output = run(f"train_search_imagenet.py --resume {folder}", cwd, 3)
-    assert len(re.findall("epoch 2 of 2", output)) == 1  # one process speaks
+    assert len(re.findall("epoch 3 of 3", output)) == 1  # one process speaks
     assert "3 processes" in output and "resumed" in output
-    assert [row["epoch"] for row in rows(folder)] == ["1", "2"]
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
     assert (folder / "genotype.json").exists()
 
 

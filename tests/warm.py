@@ -52,7 +52,6 @@ def reap(*_):
 
 def serve(path):
     """Waits for a client; returns in the process that shall run its script, set up for it."""
-    import gc
     import json
     import select
     import socket
@@ -61,8 +60,8 @@ def serve(path):
     import torchvision  # noqa: F401
 
     torch.optim.SGD([torch.zeros(1)])  # which imports torch._dynamo
-    gc.collect()
-    gc.freeze()  # a collection in a fork writes to none of this, which would copy it all
+    import frozen  # noqa: F401
+
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
