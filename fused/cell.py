@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused.functions import (
+    EPS,
     MOMENTUM,
     Depthwise,
     HalvedMax,
@@ -101,12 +102,35 @@ class Stacked(nn.ParameterList):
         pass
 
 
+def hooked(module):
+    """Whether a module has hooks of any kind."""
+    return any("_hooks" in name and value for name, value in vars(module).items())
+
+
 def touched(module):
     """In a few words what somebody has done to a module that a fast form would not follow."""
-    if any("_hooks" in name and value for name, value in vars(module).items()):
+    if hooked(module):
         return f"the hooks of {type(module).__name__}"
     if not all(parameter.requires_grad for parameter in module.parameters()):
         return f"a parameter of {type(module).__name__} that does not learn"
+    return None
+
+
+def changed_since(cell):
+    """In a few words what has been done to the modules of a cell since it was built, or None.
+
+    Told by its preprocess: a loop over all modules meets it, and nothing of the edges.
+    """
+    for module in (*cell.preprocess0.modules(), *cell.preprocess1.modules()):
+        if hooked(module):
+            return f"hooks of {type(module).__name__}"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training != cell.training:
+                return "batch norms in another mode than their cell"
+            if (module.momentum, module.eps) != (MOMENTUM, EPS) or module.running_mean is None:
+                return "other momentum, eps or statistics of batch norms"
+            if isinstance(module, nn.SyncBatchNorm) and cell.total is None:
+                return "SyncBatchNorm"
     return None
 
 
@@ -312,7 +336,13 @@ class Cell(nn.Module):
         """(N, multiplier * C, H, W) of s0 and s1, the outputs of the two cells before.
 
         weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
+        Raises RuntimeError where modules have been changed in a way that it does not follow.
         """
+        change = changed_since(self)
+        if change:
+            raise RuntimeError(
+                f"{change} would not reach the edges of the fast form: build with fused=False"
+            )
         if self.training:
             self.num_batches_tracked += 1
         coefficients, betas, mixtures = remembered(
@@ -481,6 +511,10 @@ class Cell(nn.Module):
         else:  # every channel back in its place
             node = torch.cat([mixed, bypass], dim).index_select(dim, self.channel_places)
         return node.permute(0, 3, 1, 2) if last else node
+
+    def apply(self, fn):
+        """Refused with a RuntimeError: fn would not meet the modules of the edges."""
+        raise RuntimeError("apply() does not reach the edges of the fast form: give fused=False")
 
     def _released(self):
         """(name in a released state dict, tensor or view here) of all that is stored by source."""

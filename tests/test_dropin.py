@@ -23,6 +23,7 @@ import utils
 from architect import _concat
 from fused import comparison
 from helpers import ROOT, copy_code, warm_python
+from model_search import Network
 from tas import found
 
 DATA = '''
@@ -476,6 +477,51 @@ def test_an_edited_operation_or_cell_is_what_runs(monkeypatch):
         assert not build().fused
     monkeypatch.setattr(model_search, "Cell", Longer)
     assert not build().fused
+
+
+def norms(network):
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: [norm.eval() for norm in norms(network)],
+        lambda network: [setattr(norm, "momentum", 0.01) for norm in norms(network)],
+        lambda network: [setattr(norm, "eps", 1e-3) for norm in norms(network)],
+        lambda network: [
+            module.register_forward_hook(lambda *_: None)
+            for module in network.modules()
+            if isinstance(module, nn.Conv2d)
+        ],
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        lambda network: network.apply(lambda module: None),
+    ],
+)
+def test_what_a_loop_over_all_modules_changes_is_not_left_out_in_silence(change):
+    torch.manual_seed(0)
+    network = Network(8, 10, 3, nn.CrossEntropyLoss())
+    images = torch.randn(2, 3, 16, 16)
+    network(images)
+    with pytest.raises(RuntimeError, match="fused=False"):
+        change(network)
+        network(images)
+    plain = Network(8, 10, 3, nn.CrossEntropyLoss(), fused=False)
+    change(plain)
+    if not any(isinstance(module, nn.SyncBatchNorm) for module in plain.modules()):  # GPUs only
+        plain(images)
+
+
+def test_modes_of_a_whole_network_are_no_change():
+    network = Network(8, 10, 3, nn.CrossEntropyLoss())
+    for step in (
+        network.eval,
+        network.train,
+        network.double,
+        lambda: network.requires_grad_(False),
+    ):
+        step()
+        network(torch.randn(2, 3, 16, 16, dtype=network.classifier.weight.dtype))
 
 
 def test_a_fast_cell_used_by_itself_keeps_nothing_stale():
