@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fused.cell import touched
+from fused.storage import touched
 
 TOLERANCE = 1e-8  # relative, in float64; the two agree to some 1e-13
 # What the fast cell knows of the modules of a cell, besides weights, statistics and submodules.
