@@ -1,8 +1,8 @@
 """The supernet of PC-DARTS (Xu et al., ICLR 2020): MixedOp (eq. 2), Cell (eq. 3), Network.
 
-This is the paper in code, to be read and changed. The same cell, several times faster, is
-fused.Cell: Network builds it in the place of Cell where it was written for this very text and both
-give the same figures, which is found out each time (`difference_from_fast`).
+This is the paper in code, to be read and changed. FastCell is the same cell with a forward that is
+several times faster: Network builds it where that was written for this very text and both give the
+same figures, which is found out each time (`difference_from_fast`).
 """
 
 import functools
@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.functional import channel_shuffle
 
 import operations
-from fused import Cell as FastCell
-from fused import difference
+from fused import FastForward, difference
 from genotypes import PRIMITIVES, Genotype
 from operations import OPS, FactorizedReduce, ReLUConvBN
 from utils import without_module_prefix
@@ -104,6 +103,10 @@ class Cell(nn.Module):
         return torch.cat(states[-self._multiplier :], dim=1)
 
 
+class FastCell(FastForward, Cell):
+    """A Cell with the forward of fused.FastForward; as it is written where that does not fit."""
+
+
 class Network(nn.Module):
     """The supernet: stem, `layers` cells, classifier; alphas and betas.
 
@@ -154,15 +157,11 @@ class Network(nn.Module):
         self._criterion, self._steps, self._multiplier = criterion, steps, multiplier
         self.edge_norm = edge_norm
 
-        make_cell = functools.partial(Cell, steps, multiplier)
         variant = dict(k=k, sampling=sampling, primitives=self.primitives)
         self.why_plain = difference_from_fast(C, steps, multiplier, variant) if fused else "asked"
         self.fused = self.why_plain is None
-        self._stands_for = Cell.forward, MixedOp.forward
-        if self.fused:
-            make_cell = functools.partial(FastCell, steps, multiplier, recompute=recompute)
-        # The memory format of the maps; None: as the images come. Either form takes any.
-        self.layout = torch.channels_last if self.fused else None
+        make_cell = functools.partial(FastCell if self.fused else Cell, steps, multiplier)
+        self.layout = None  # memory format of the maps; None: channels_last in the fast form
 
         C_prev_prev = C_prev = stem_multiplier * C
         for name, module in operations.stem(stem, C_prev).items():
@@ -173,6 +172,7 @@ class Network(nn.Module):
             reduction = i in reductions
             C_curr *= 2 if reduction else 1
             cell = make_cell(C_prev_prev, C_prev, C_curr, reduction, reduction_prev, **variant)
+            cell.recompute = recompute  # which counts in the fast form alone
             self.cells.append(cell)
             reduction_prev = reduction
             C_prev_prev, C_prev = C_prev, multiplier * C_curr
@@ -191,17 +191,10 @@ class Network(nn.Module):
         return self.classifier(self.features(x))
 
     def features(self, x):
-        """What the classifier reads: the mean over the last map of each channel, (N, channels).
-
-        Raises RuntimeError where the fast form stands for a Cell that has been replaced since.
-        """
-        if self.fused and self._stands_for != (Cell.forward, MixedOp.forward):
-            raise RuntimeError(
-                "MixedOp or Cell has been changed since this network was built in its fast form: "
-                "change it before, or build with fused=False"
-            )
-        if self.layout is not None:
-            x = x.contiguous(memory_format=self.layout)
+        """What the classifier reads: the mean over the last map of each channel, (N, channels)."""
+        layout = self.layout or (torch.channels_last if self.fused else None)
+        if layout is not None:
+            x = x.contiguous(memory_format=layout)
         if self._arguments["stem"] == "imagenet":
             s0 = self.stem0(x)
             s1 = self.stem1(s0)

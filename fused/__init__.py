@@ -1,12 +1,12 @@
 """The supernet's cell and the gradients of a step, made fast: the same figures, other kernels.
 
-Cell takes the place of model_search.Cell (same arguments, forward and state dict), `difference`
-tells whether it may, Gradients captures a step in CUDA graphs. Nothing here has to be read to
-understand the method.
+FastForward gives model_search.Cell another forward (same arguments, modules and state dict),
+`difference` tells whether it may, Gradients captures a step in CUDA graphs. Nothing here has to be
+read to understand the method.
 """
 
-from fused.cell import Cell
+from fused.cell import FastForward
 from fused.comparison import difference
 from fused.gradients import Gradients, copy_into
 
-__all__ = ["Cell", "Gradients", "copy_into", "difference"]
+__all__ = ["FastForward", "Gradients", "copy_into", "difference"]

@@ -13,8 +13,12 @@ softmax(alpha) * softmax(beta):
 - Sum, concatenation and shuffle are linear: a node is put together once, after the sum.
 - A cell's output is ReLU'd once, not by both cells that read it.
 
-First derivatives only: docs/differences.md, 12.
+The modules are those of model_search.Cell: only the forward is another. First derivatives only:
+docs/differences.md, 12.
 """
+
+import functools
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused.functions import (
-    EPS,
     MOMENTUM,
     Depthwise,
     HalvedMax,
@@ -31,10 +34,15 @@ from fused.functions import (
     NormSum,
     factorized_kernel,
     halve,
+    identity,
     layout,
+    norm_relu_depthwise,
+    norm_sum,
 )
-from fused.storage import Stored, hooked
+from fused.plan import Plan, constants
 from operations import ReLUConvBN
+
+log = logging.getLogger("pc-darts")
 
 
 def remembered(tensor, key, make):
@@ -75,28 +83,36 @@ def side_by_side(tensors):
     return [torch.cat(group, 1) if len(group) > 1 else group[0] for group in groups]
 
 
-def changed_since(cell):
-    """In a few words what has been done to the modules of a cell since it was built, or None.
+@functools.cache
+def say(why):
+    """Once for each reason."""
+    log.warning("cells of the supernet run as model_search.py has them: %s", why)
 
-    Told by its preprocess: a loop over all modules meets it, and nothing of the edges.
+
+class FastForward:
+    """Goes before model_search.Cell among the bases of a class, whose forward it makes fast.
+
+    Each forward looks whether the modules of the cell are still as it knows them (hooks, modes,
+    types, code: fused.plan); where they are not, the cell runs as it is written.
     """
-    for module in (*cell.preprocess0.modules(), *cell.preprocess1.modules()):
-        if hooked(module):
-            return f"hooks of {type(module).__name__}"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.training != cell.training:
-                return "batch norms in another mode than their cell"
-            if (module.momentum, module.eps) != (MOMENTUM, EPS) or module.running_mean is None:
-                return "other momentum, eps or statistics of batch norms"
-            if isinstance(module, nn.SyncBatchNorm) and cell.total is None:
-                return "SyncBatchNorm"
-    return None
 
-
-class Cell(Stored):
-    """One cell: `steps` nodes, each fed by all before it; the last `multiplier` make the output."""
-
+    recompute = False  # keep less for the backward pass and compute it again
     total = None  # a function, where batch statistics are those of all processes: see Moments
+    norm = nn.BatchNorm2d  # the type of the cell's norms
+    _plans = {}  # by mode
+
+    def is_fast(self):
+        """Whether a forward now would be the fast one."""
+        return self._plan().why is None
+
+    def _plan(self):
+        plan = self._plans.get(self.training)
+        if plan is None or not plan.holds(self):
+            plan = Plan(self)
+            self._plans = {**self._plans, self.training: plan}
+            if plan.why is not None:
+                say(plan.why)
+        return plan
 
     def _fraction(self, x):
         """Of all images those of this process, where statistics are taken over all processes."""
@@ -105,161 +121,171 @@ class Cell(Stored):
         images = torch.full((), len(x), dtype=torch.float64, device=x.device)
         return images / self.total([images])[0]
 
-    def _by_source(self, weights, betas):
-        """The weights of all cells of a kind: of the operations, of the bypass, and `mixtures`.
+    def _by_source(self, plan, constants, weights, betas):
+        """The weights of all cells of a kind: of the operations, of the bypass, and of the blocks.
 
-        (E, ops) by source; (S, T) of each wave.
+        (E, ops) by source; (S, T) of each wave; (W, W_normed) of functions.NormSum, (T, blocks), of
+        each wave.
         """
-        betas = betas[self.by_source]
-        coefficients = weights[self.by_source] * betas[:, None]
-        parts = zip(betas.split([S * T for S, T in self.waves]), self.waves, strict=True)
-        return coefficients, [part.view(wave) for part, wave in parts], self.mixtures(coefficients)
-
-    def mixtures(self, coefficients):
-        """(W, W_normed) of functions.NormSum, (T, blocks), of each wave; coefficients (E, ops)."""
+        (order, places, shapes), waves = constants, plan.waves
+        betas = betas[order]
+        coefficients = weights[order] * betas[:, None]
+        betas = betas.split([wave.S * wave.T for wave in waves])
+        betas = [part.view(wave.S, wave.T) for part, wave in zip(betas, waves, strict=True)]
         row = F.pad(coefficients.flatten(), (0, 1))
-        parts = row[self.places].split([T * blocks for T, blocks in self.shapes])
-        Ws = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-        plain = [self._plain(w) for w in range(len(Ws))]
+        parts = row[places].split([T * blocks for T, blocks in shapes])
+        Ws = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        plain = [plan.kinds.plain(wave) for wave in waves]
         normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, plain, strict=True)]
         normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
-        return list(zip(Ws, normed, strict=True))
+        return coefficients, betas, list(zip(Ws, normed, strict=True))
 
     def forward(self, s0, s1, weights, betas):
         """(N, multiplier * C, H, W) of s0 and s1, the outputs of the two cells before.
 
         weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
-        Raises RuntimeError where modules have been changed in a way that it does not follow.
         """
-        change = changed_since(self)
-        if change:
-            raise RuntimeError(
-                f"{change} would not reach the edges of the fast form: build with fused=False"
-            )
-        if self.training:
-            self.num_batches_tracked += 1
+        plan = self._plan()
+        if plan.why is not None:
+            return super().forward(s0, s1, weights, betas)
+        kinds, waves, k = plan.kinds, plan.waves, self._ops[0].k
+        places = constants(kinds, waves, weights.device)
         coefficients, betas, mixtures = remembered(
-            weights, (self.reduction, betas), lambda: self._by_source(weights, betas)
+            weights, (places, betas), lambda: self._by_source(plan, places, weights, betas)
         )
         states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
-        kernels = self._weights()
+        c = states[0].shape[1] // k
+        convs = self._convolutions(plan)
         moments = Moments(self._fraction(s1), self.total) if self.training else None
+        figures = [None] * len(waves) if self.training else self._running(plan, c)
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
-        start, sources = 0, states
-        last = layout(s1) == torch.channels_last
-        for w, (S, T) in enumerate(self.waves):
-            edges, start = slice(start, start + S * T), start + S * T
+        sources, last = states, layout(s1) == torch.channels_last
+        for w, (S, T, stride, first, edges) in enumerate(waves):
             if self.sampling == "random":
                 sources = [source.index_select(1, self.channel_order) for source in sources]
-            parts = [source.split([self.c, source.shape[1] - self.c], 1) for source in sources]
-            x = torch.cat([first for first, _ in parts], 1)  # (N, S * c, H, W)
+            parts = [source.split([c, source.shape[1] - c], 1) for source in sources]
+            x = torch.cat([selected for selected, _ in parts], 1)  # (N, S * c, H, W)
             kind = "cpu" if x.is_meta else x.device.type
             with torch.autocast(kind, enabled=False):  # _mix computes in the type of x, or float32
-                mixed = self._mix(mixed, x, w, kernels[w], mixtures[w], moments)
-            for o in self.others:
-                ops = [self._ops[e]._ops[str(o)] for e in self.order[edges]]
+                mixed = self._mix(mixed, x, plan, w, convs[w], mixtures[w], moments, figures[w])
+            for o in kinds.others:
+                ops = [self._ops[e]._ops[o] for e in edges]
                 inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
-                outs = zip(coefficients[edges, o], ops, inputs, strict=True)
+                outs = zip(coefficients[first : first + S * T, o], ops, inputs, strict=True)
                 outs = [weight * op(x) for weight, op, x in outs]
                 outs = sum(torch.cat(outs[s * T : s * T + T], 1) for s in range(S))
                 mixed = outs if mixed is None else mixed + outs
-            if self.k > 1:
+            if k > 1:
                 for (_, rest), row in zip(parts, betas[w], strict=True):
-                    bypass = self._pass_by(bypass, rest, row, self._stride(w), last)
+                    bypass = self._pass_by(bypass, rest, row, stride, last)
             node, passed = mixed, bypass  # the first of the targets has all its edges now
             if T > 1:
-                node, mixed = mixed.split([self.c, (T - 1) * self.c], 1)
-                passed, bypass = bypass.split([1, T - 1]) if self.k > 1 else (None, None)
+                node, mixed = mixed.split([c, (T - 1) * c], 1)
+                passed, bypass = bypass.split([1, T - 1]) if k > 1 else (None, None)
             states.append(self._node(node, passed, last))
             sources = states[-1:]
         if moments:
-            self._follow(moments, node.numel() // self.c / moments.fraction)
-        return torch.cat(states[-self.multiplier :], dim=1)
+            self._follow(plan, moments, node.numel() // c / moments.fraction)
+        return torch.cat(states[-self._multiplier :], dim=1)
 
-    def _weights(self):
-        """Of each wave: depthwise kernels and P of the first sep_convs, of the second, of the dils.
+    def _convolutions(self, plan):
+        """Of each wave: the groups of depthwise kernels (edges, ops, c, k, k), each also turned.
 
-        Depthwise (edges, ops, c, k, k), smaller kernels padded to the largest; P (blocks, c, c).
+        The groups: the first convolutions of the sep_convs, their second ones, the dil_convs.
+        Smaller kernels are padded to the largest.
         """
-        edges = [S * T for S, T in self.waves]
-        weights = [[] for _ in edges]
-        kernels = iter(self.depthwise)
-        for group, P in zip(self.convs, self.pointwise, strict=True):
-            depthwise = [next(kernels).squeeze(2) for _ in group]
-            size = max(kernel.shape[-1] for kernel in depthwise)
-            margins = [(size - kernel.shape[-1]) // 2 for kernel in depthwise]
-            pairs = zip(depthwise, margins, strict=True)
-            depthwise = [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs]
-            depthwise = torch.stack(depthwise, 1)
-            turned = depthwise.detach().flip(3, 4).split(edges)
-            depthwise, P = depthwise.split(edges), P.flatten(3).split(edges)
-            for w in range(len(edges)):
-                weights[w].append((depthwise[w], turned[w], P[w].flatten(0, 1)))
-        return weights
+        edges = [wave.S * wave.T for wave in plan.waves]
+        groups = []
+        for convs in plan.depthwise:  # of each op
+            kernels = [torch.stack([conv.weight for conv in of_op]).squeeze(2) for of_op in convs]
+            size = max(kernel.shape[-1] for kernel in kernels)
+            margins = [(size - kernel.shape[-1]) // 2 for kernel in kernels]
+            pairs = zip(kernels, margins, strict=True)
+            kernels = [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs]
+            kernels = torch.stack(kernels, 1)
+            turned = kernels.detach().flip(3, 4)
+            n = len(kernels) // len(plan.ops)  # how often this kind of op convolves
+            both = list(zip(kernels.split(edges * n), turned.split(edges * n), strict=True))
+            groups += [both[i * len(edges) : (i + 1) * len(edges)] for i in range(n)]
+        return list(zip(*groups, strict=True)) if groups else [()] * len(edges)
 
     @torch.no_grad()
-    def _follow(self, moments, pixels):
+    def _follow(self, plan, moments, pixels):
         """The running figures follow the (-mean, variance) of all norms over this many pixels."""
+        if not plan.norms:
+            return
         minus_means, variances = zip(*moments, strict=True)
-        figures = torch.cat(minus_means + variances).view(self.running.shape)
-        unbiased = pixels / (pixels - 1 if pixels > 1 else 1)
-        self.running[1].lerp_(figures[1].mul_(unbiased), MOMENTUM)
-        self.running[0].mul_(1 - MOMENTUM).sub_(figures[0], alpha=MOMENTUM)
+        means, variances = torch.cat(minus_means + variances).squeeze(2).tensor_split(2)
+        variances.mul_(pixels / (pixels - 1 if pixels > 1 else 1))
+        means, variances = means.neg_().unbind(), variances.unbind()
+        new = [means[row] for row in plan.rows] + [variances[row] for row in plan.rows]
+        running = [n.running_mean for n in plan.norms] + [n.running_var for n in plan.norms]
+        torch._foreach_lerp_(running, new, MOMENTUM)
+        torch._foreach_add_([n.num_batches_tracked for n in plan.norms], 1)
 
-    def _mix(self, mixed, x, w, weights, mixture, moments):
+    def _running(self, plan, c):
+        """Of each wave the running means and variances of its norms, (2, norms, c)."""
+        names = "running_mean", "running_var"
+        figures = [getattr(norm, name) for name in names for norm in plan.norms]
+        figures = torch.stack(figures) if figures else self.preprocess1.op[1].weight.new_empty(0)
+        return figures.view(2, len(plan.norms), c).split([sum(n) for n in plan.counts], 1)
+
+    def _mix(self, mixed, x, plan, w, convs, mixture, moments, figures):
         """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W)."""
-        W, W_normed = mixture
+        (W, W_normed), (S, T, stride, _, _) = mixture, plan.waves[w]
+        kinds, c = plan.kinds, x.shape[1] // S
         if not W.shape[1]:  # a space of `none` and of operations that run one by one
-            n, _, h, width = x[:, :, :: self._stride(w), :: self._stride(w)].shape
-            return x.new_zeros(n, len(W) * self.c, h, width) if mixed is None else mixed
-        (S, T), stride, weights = self.waves[w], self._stride(w), list(weights)
-        firsts, seconds = [weights.pop(0), weights.pop(0)] if self.seps else [None, None]
-        dils = weights.pop() if self.dils else None
-
-        def running(rows):
-            return *self.running[:, rows], moments
-
-        hs = self._first_convolutions(x, S, T, stride, firsts, dils)
-        Ps = []  # the 1x1 convolutions behind them
-        again = {} if self.recompute else None
+            n, _, h, width = x[:, :, ::stride, ::stride].shape
+            return x.new_zeros(n, len(W) * c, h, width) if mixed is None else mixed
+        convs = list(convs)
+        firsts, seconds = [convs.pop(0), convs.pop(0)] if kinds.seps else [None, None]
+        dils = convs.pop() if kinds.dils else None
+        hs = self._first_convolutions(x, plan, w, firsts, dils)
+        # The 1x1 convolutions that a norm follows; 1 where it follows none, or is none.
+        middle, P = ([conv.weight for conv in part[w]] for part in (plan.middle, plan.last))
+        eye = identity(c, self.preprocess1.op[1].weight.dtype, x.device)[:, :, None, None]
+        P = torch.stack(P + [eye] * (W.shape[1] - len(P))).flatten(2)
+        plain, skips = kinds.plain(plan.waves[w]), [x] * len(kinds.skips) * (stride == 1)
+        recompute = self.recompute and self.training
+        again = {} if recompute else None
         if firsts:
-            kernel, turned, P = seconds
-            rows, first = running(self.middle_rows[w]), hs[0]
-            hs[0] = NormReLUDepthwise.apply(*rows, again, turned, first, firsts[2], kernel)
-            Ps.append(P)
-        if dils:
-            Ps.append(dils[2])
-        skips = len(self.skips) if stride == 1 else 0  # which are x itself
+            Q, first, (kernel, turned) = torch.stack(middle).flatten(2), hs[0], seconds
+            if self.training:
+                hs[0] = NormReLUDepthwise.apply(moments, again, turned, first, Q, kernel)
+            else:
+                hs[0] = norm_relu_depthwise(*figures[:, : len(middle)], first, Q, kernel)
 
         def pools(x):
-            return [pool(x) for pool in self.pool_ops[w]]
+            return [pool(x) for pool in plan.pool_ops[w]]
 
         def remake(x, *kept):
             """What NormSum reads anew, for its backward pass."""
             kept = list(kept)
             if firsts:
                 kept[0] = NormReLUDepthwise.remake(kept[0], kernel, again)
-            return side_by_side([*kept, *pools(x), *[x] * skips])
+            return side_by_side([*kept, *pools(x), *[x] * len(skips)])
 
-        if self.recompute:
+        if recompute:
             kept = [h.detach() for h in ([x, first, *hs[1:]] if firsts else [x, *hs])]
             pooled = checkpoint(pools, x, use_reentrant=False, preserve_rng_state=False)
         else:
             kept, pooled = None, pools(x)
-        without = W.shape[1] - sum(map(len, Ps))  # blocks whose norm is behind no convolution
-        P = torch.cat([*Ps, self.eye.expand(without, -1, -1)])
-        return NormSum.apply(
-            *running(self.last_rows[w]), self._plain(w), mixed, W_normed,
-            remake if self.recompute else None, kept, W, P,
-            *side_by_side([*hs, *pooled, *[x] * skips]),
-        )  # fmt: skip
+        hs = side_by_side([*hs, *pooled, *skips])
+        if self.training:
+            remake = remake if recompute else None
+            return NormSum.apply(moments, plain, mixed, W_normed, remake, kept, W, P, *hs)
+        own, shared = figures[:, len(middle) :].split(plan.counts[w][1:], 1)
+        shared = shared.unflatten(1, (-1, T)).transpose(1, 2)  # (2, T, pools * S, c)
+        own = own.unsqueeze(1).expand(-1, T, -1, -1)
+        return norm_sum(*torch.cat([own, shared], 2), plain, mixed, W, P, hs)
 
-    def _first_convolutions(self, x, S, T, stride, firsts, dils):
+    def _first_convolutions(self, x, plan, w, firsts, dils):
         """The outputs of the operations' first convolutions: sep_convs, dil_convs, halves."""
+        S, T, stride, _, _ = plan.waves[w]
 
         def depthwise(x, *groups, dilations):
-            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
-            return Depthwise.apply(x, dilations, [turned for _, turned, _ in groups], *kernels)
+            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _ in groups]
+            return Depthwise.apply(x, dilations, [turned for _, turned in groups], *kernels)
 
         if stride == 1:
             groups = [group for group in (firsts, dils) if group]
@@ -267,12 +293,15 @@ class Cell(Stored):
             return [*depthwise(x, *groups, dilations=dilations)] if groups else []
         hs, relu = [], x.relu()
         if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
-            kernel = (firsts[0].unsqueeze(3) * self.eye[:, :, None, None]).flatten(0, 2)
+            kernel = firsts[0]
+            eye = identity(kernel.shape[2], kernel.dtype, kernel.device)
+            kernel = (kernel.unsqueeze(3) * eye[:, :, None, None]).flatten(0, 2)
             hs.append(F.conv2d(relu, kernel.to(x.dtype), None, 2, kernel.shape[3] // 2, groups=S))
         if dils:  # with stride and dilation 2 it reads every other pixel alone
             hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
-        for parts in zip(self.half_1, self.half_2, strict=True):
-            kernel = factorized_kernel(*parts).flatten(0, 1).to(x.dtype)
+        for pair in plan.halves:
+            pair = [torch.stack([conv.weight for conv in convs]) for convs in pair]
+            kernel = factorized_kernel(*pair).flatten(0, 1).to(x.dtype)
             hs.append(halve(relu, kernel, groups=S))
         return hs
 
@@ -289,7 +318,7 @@ class Cell(Stored):
 
     def _node(self, mixed, bypass, last=True):
         """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""
-        if self.k == 1:
+        if bypass is None:
             return mixed
         n, c, h, w = mixed.shape
         if last:
@@ -304,7 +333,3 @@ class Cell(Stored):
         else:  # every channel back in its place
             node = torch.cat([mixed, bypass], dim).index_select(dim, self.channel_places)
         return node.permute(0, 3, 1, 2) if last else node
-
-    def apply(self, fn):
-        """Refused with a RuntimeError: fn would not meet the modules of the edges."""
-        raise RuntimeError("apply() does not reach the edges of the fast form: give fused=False")

@@ -40,14 +40,16 @@ def _shape(x, *size):
 
 
 @functools.cache
-def _eye(n, dtype, device):
-    return torch.eye(n, dtype=dtype, device=device)
+def identity(n, dtype, device):
+    """(n, n)."""
+    with torch.inference_mode(False):
+        return torch.eye(n, dtype=dtype, device=device)
 
 
 @functools.cache
-def _repeated_eye(S, c, R, dtype, device):
+def _repeatedidentity(S, c, R, dtype, device):
     """The kernel that sums each of R copies of c channels, in S groups: (S * c, R * c, 1, 1)."""
-    return _eye(c, dtype, device).repeat(S, R)[:, :, None, None]
+    return identity(c, dtype, device).repeat(S, R)[:, :, None, None]
 
 
 def _blocks_per_group(G, c):
@@ -60,7 +62,7 @@ def _blockwise(h, A, b=None):
     G, c, _ = A.shape
     n = _blocks_per_group(G, c)
     if n > 1:  # n blocks of c are one of n * c with zeros off the diagonal
-        A = A.unflatten(0, (G // n, n)).unsqueeze(3) * _eye(n, A.dtype, A.device)[:, None, :, None]
+        A = A.unflatten(0, (G // n, n)).unsqueeze(3) * identity(n, A.dtype, A.device)[:, None, :, None]
     kernel = A.reshape(G * c, n * c, 1, 1).to(h.dtype)
     return F.conv2d(h, kernel, None if b is None else b.flatten().to(h.dtype), groups=G // n)
 
@@ -95,37 +97,28 @@ class Moments(list):
 class _Norm:
     """norm(P h) = A h + b, of blocks that lie in the tensors hs in this order, and its backward.
 
-    In training `moments` is a Moments, to which -mean and variance of P h, (G, c, 1), are added;
-    else it is None, and the running figures (G, c) count. The last `plain` blocks, with identical
-    matrices in P, are not normalized.
+    -mean and variance of P h, (G, c, 1), are added to `moments`. The last `plain` blocks, with
+    identical matrices in P, are not normalized.
     """
 
-    def __init__(self, hs, P, running_mean, running_var, moments, plain=0):
-        c = P.shape[1]
+    def __init__(self, hs, P, moments, plain=0):
         self.pixels = hs[0].numel() // hs[0].shape[1]
-        self.normed = normed = len(P) - plain
-        self.trained = moments is not None
-        if self.trained:
-            sums = zip(*(_sums(h, h, c) for h in hs), strict=True)
-            self.fraction, self.total = moments.fraction, moments.total
-            outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
-            self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
-            minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
-            var = (self.P_outer * P).sum(2, keepdim=True).addcmul_(minus_mean, minus_mean, value=-1)
-            var.clamp_min_(0)  # by rounding it can be below
-            moments.append((minus_mean[:normed], var[:normed]))
-        else:
-            minus_mean = F.pad(-running_mean, (0, 0, 0, plain)).unsqueeze(2)
-            var = F.pad(running_var, (0, 0, 0, plain)).unsqueeze(2)
-        inv_std = (var + EPS).rsqrt_()
-        self.A, self.b, self.inv_std = inv_std * P, inv_std * minus_mean, inv_std
+        normed = len(P) - plain
+        self.fraction, self.total = moments.fraction, moments.total
+        sums = zip(*(_sums(h, h, P.shape[1]) for h in hs), strict=True)
+        outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
+        self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
+        minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
+        var = (self.P_outer * P).sum(2, keepdim=True).addcmul_(minus_mean, minus_mean, value=-1)
+        var.clamp_min_(0)  # by rounding it can be below
+        moments.append((minus_mean[:normed], var[:normed]))
+        self.inv_std = (var + EPS).rsqrt_()
+        self.A, self.b = self.inv_std * P, self.inv_std * minus_mean
         if plain:
             self.A[normed:], self.b[normed:] = P[normed:], 0
 
     def backward(self, dA, db, dP_too):
         """dL/dP, and D and e for dL/dh = A^T g - (D h + e) / m; dA and db are 0 in plain blocks."""
-        if not self.trained:
-            return self.inv_std * dA, None, None
         r, shift = self._terms(dA, db)
         dP = None
         if dP_too:
@@ -145,7 +138,7 @@ class _Norm:
 
     def add_input_gradient(self, dh, h, D, e):
         """dh - (D h + e) / m, in dh."""
-        return dh.add_(_blockwise(h, D, e), alpha=-1 / self.pixels) if self.trained else dh
+        return dh.add_(_blockwise(h, D, e), alpha=-1 / self.pixels)
 
 
 def _joined(tensors, like):
@@ -197,7 +190,7 @@ class Depthwise(torch.autograd.Function):
         dx = None
         for R, part in dspread.items():
             part = F.conv2d(
-                part, _repeated_eye(S, c, R, x.dtype, x.device), groups=S
+                part, _repeatedidentity(S, c, R, x.dtype, x.device), groups=S
             )  # sums over R
             dx = part if dx is None else dx.add_(part)
         if dx is not None:
@@ -287,13 +280,13 @@ class NormReLUDepthwise(torch.autograd.Function):
     """The middle of the sep_convs: depthwise k x k convolutions of relu(norm(P h)).
 
     h (N, G * c, H, W), P (G, c, c), weight of G * c kernels (..., k, k), and turned by 180 degrees.
-    The arguments before are those of _Norm. With a dict `again`, z = relu(norm(P h)) is not kept
+    moments: see _Norm. With a dict `again`, z = relu(norm(P h)) is not kept
     for the backward pass: it is made again, unless `remake` did so and left it in again["z"].
     """
 
     @staticmethod
-    def forward(ctx, running_mean, running_var, moments, again, turned, h, P, weight):
-        ctx.norm = _Norm([h], P, running_mean, running_var, moments)
+    def forward(ctx, moments, again, turned, h, P, weight):
+        ctx.norm = _Norm([h], P, moments)
         ctx.again, ctx.turned = again, turned
         z = NormReLUDepthwise.relu(h, ctx.norm)
         if again is not None:
@@ -320,14 +313,14 @@ class NormReLUDepthwise(torch.autograd.Function):
             z = ctx.again.pop("z", None)
         if z is None:
             z = NormReLUDepthwise.relu(h, norm)
-        if ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[5]:
             dweight = _depthwise_weight_gradient(g, z, weight)
         g = _depthwise(g, ctx.turned)
         g = torch.ops.aten.threshold_backward(g, z, 0)
         sums = (figures.to(norm.A.dtype) for figures in _sums(g, h, norm.A.shape[1]))
-        dP, *rest = norm.backward(*sums, ctx.needs_input_grad[6])
+        dP, *rest = norm.backward(*sums, ctx.needs_input_grad[4])
         dh = norm.add_input_gradient(_blockwise(g, norm.A.mT), h, *rest)
-        return None, None, None, None, None, dh, dP, dweight
+        return None, None, None, dh, dP, dweight
 
 
 class NormSum(torch.autograd.Function):
@@ -335,15 +328,13 @@ class NormSum(torch.autograd.Function):
 
     start (N, T * c, H, W) or None, W (T, G), P (G, c, c); the blocks h_1 ... h_G lie in the tensors
     hs, in this order. W_normed is W with zeros for the plain blocks. `remake` is None, or makes hs
-    again from the tensors `kept`, which are kept for the backward pass in their place. The
-    arguments before are those of _Norm.
+    again from the tensors `kept`, which are kept for the backward pass in their place. moments and
+    plain: see _Norm.
     """
 
     @staticmethod
-    def forward(
-        ctx, running_mean, running_var, moments, plain, start, W_normed, remake, kept, W, P, *hs
-    ):
-        norm = _Norm(hs, P, running_mean, running_var, moments, plain)
+    def forward(ctx, moments, plain, start, W_normed, remake, kept, W, P, *hs):
+        norm = _Norm(hs, P, moments, plain)
         T, G, c = *W.shape, P.shape[1]
         kernel = W[:, None, :, None] * norm.A.transpose(0, 1)  # (T, c, G, c)
         kernel = kernel.reshape(T * c, G * c, 1, 1).to(hs[0].dtype)
@@ -372,17 +363,38 @@ class NormSum(torch.autograd.Function):
         total = g.sum((0, 2, 3)).view(T, c).to(W.dtype)
         dA = (ctx.W_normed[:, None, :, None] * outer).sum(0).transpose(0, 1)  # (G, c, c)
         db = (ctx.W_normed.t() @ total).unsqueeze(2)
-        dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[9])
+        dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[7])
         dW = None
-        if ctx.needs_input_grad[8]:
+        if ctx.needs_input_grad[6]:
             dW = (outer * norm.A.transpose(0, 1)).sum((1, 3)).addmm_(total, norm.b.squeeze(2).t())
         dhs, at = [], 0
         for h, part in zip(hs, ctx.kernels, strict=True):
             blocks = slice(at, at := at + h.shape[1] // c)
-            D, e = (None if figures is None else figures[blocks] for figures in rest)
+            D, e = (figures[blocks] for figures in rest)
             dhs.append(norm.add_input_gradient(F.conv2d(g, part.transpose(0, 1)), h, D, e))
         start = g if ctx.started else None
-        return None, None, None, None, start, None, None, None, dW, dP, *dhs
+        return None, None, start, None, None, None, dW, dP, *dhs
+
+
+def norm_relu_depthwise(mean, var, h, P, weight):
+    """What NormReLUDepthwise gives in evaluation: mean and var (G, c) are the running figures."""
+    inv_std = (var + EPS).rsqrt()
+    z = _blockwise(h, inv_std[:, :, None] * P, (-mean * inv_std)[:, :, None]).relu_()
+    return _depthwise(z, weight)
+
+
+def norm_sum(mean, var, plain, start, W, P, hs):
+    """What NormSum gives in evaluation: mean and var (T, G - plain, c) are the running figures."""
+    inv_std = (var + EPS).rsqrt()
+    inv_std, shift = F.pad(inv_std, (0, 0, 0, plain), value=1), F.pad(-mean, (0, 0, 0, plain))
+    scale = W[:, :, None] * inv_std  # (T, G, c)
+    kernel = scale.transpose(1, 2)[..., None] * P.transpose(0, 1)  # (T, c, G, c)
+    kernel = kernel.flatten(2).flatten(0, 1)[:, :, None, None].to(hs[0].dtype)
+    bias = (scale * shift).sum(1).flatten().to(hs[0].dtype)
+    for h, part in zip(hs, kernel.split([h.shape[1] for h in hs], 1), strict=True):
+        out, bias = F.conv2d(h, part, bias), None
+        start = out if start is None else out.add_(start)
+    return start
 
 
 def factorized_kernel(first, second):

@@ -53,7 +53,7 @@ class Gradients:
                 return self._compute(wanted, input, target, scale)
         loss, logits, gradients = _replay(self.captured[key], input, target)
         # The next replay overwrites them.
-        return loss.clone(), logits.clone(), [gradient * scale for gradient in gradients]
+        return loss.clone(), logits.clone(), list(torch._foreach_mul(gradients, scale))
 
     def graphed(self, input):
         synchronized = getattr(self.model, "sync_bn", False)  # messages within the pass

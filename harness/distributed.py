@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import utils
+from fused import FastForward
 from harness import flags
 
 
@@ -201,8 +202,9 @@ def synchronized(network, device):
     """The network with the statistics of its batch norms taken over all processes."""
     network.sync_bn = True
     for module in network.modules():
-        if hasattr(module, "total"):  # a fused.Cell: its own norms
+        if isinstance(module, FastForward):
             module.total = summed
+            module.norm = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():

@@ -11,6 +11,8 @@ from fused.functions import (
     Moments,
     NormReLUDepthwise,
     NormSum,
+    norm_relu_depthwise,
+    norm_sum,
     factorized_kernel,
     halve,
 )
@@ -217,7 +219,7 @@ def test_norm_relu_depthwise(c, again):
     G = 6
     h, P, weight = random(3, G * c, 6, 8), random(G, c, c), random(G, c, 5, 5)
     moments = Moments()
-    out = NormReLUDepthwise.apply(None, None, moments, again, turned(weight), h, P, weight)
+    out = NormReLUDepthwise.apply(moments, again, turned(weight), h, P, weight)
     kernel = weight.reshape(-1, 1, 5, 5)
     formula = F.conv2d(norm(blocks(h, P)).relu(), kernel, None, 1, 2, 1, G * c)
     same_gradients(out, formula, [h, P, weight])
@@ -237,7 +239,7 @@ def test_norm_sum(plain, started):
     W_normed = W.detach().clone()
     W_normed[:, G:] = 0
     matrices = torch.cat([P, eye])
-    out = NormSum.apply(None, None, Moments(), plain, start, W_normed, None, None, W, matrices, *hs)
+    out = NormSum.apply(Moments(), plain, start, W_normed, None, None, W, matrices, *hs)
     h = torch.cat(hs, 1)
     y = torch.cat([norm(blocks(h[:, : G * c], P)), h[:, G * c :]], 1).unflatten(1, (-1, c))
     formula = torch.einsum("tg,ngchw->ntchw", W, y).flatten(1, 2)
@@ -245,13 +247,36 @@ def test_norm_sum(plain, started):
     same_gradients(out, formula, [*hs, P, W] + ([start] if started else []))
 
 
-def test_norms_of_an_evaluation_use_the_running_figures():
-    h, P, W = random(2, 8, 4, 4), random(2, 4, 4), random(3, 2)
-    mean, var = torch.randn(2, 4).double(), torch.rand(2, 4).double() + 0.5
-    out = NormSum.apply(mean, var, None, 0, None, W.detach(), None, None, W, P, h)
-    y = F.batch_norm(blocks(h, P), mean.flatten(), var.flatten()).unflatten(1, (2, 4))
-    formula = torch.einsum("tg,ngchw->ntchw", W, y).flatten(1, 2)
-    same_gradients(out, formula, [h, P, W])
+@pytest.mark.parametrize("plain", [0, 1])
+@pytest.mark.parametrize("started", [False, True])
+def test_norms_of_an_evaluation_use_the_running_figures(plain, started):
+    """In the sum they may be others for each target, as they are behind pools."""
+    T, G, c = 3, 2, 4
+    h, P, W = random(2, (G + plain) * c, 4, 4), random(G, c, c), random(T, G + plain)
+    start = random(2, T * c, 4, 4) if started else None
+    mean, var = torch.randn(T, G, c).double(), torch.rand(T, G, c).double() + 0.5
+    matrices = torch.cat([P, torch.eye(c, dtype=torch.float64).expand(plain, c, c)])
+    halves = h.split([c, (G + plain - 1) * c], 1)
+    out = norm_sum(mean, var, plain, start, W, matrices, halves)
+    formula = []
+    y, rest = blocks(h[:, : G * c], P), h[:, G * c :].unflatten(1, (plain, c)).unbind(1)
+    for t in range(T):
+        normed = F.batch_norm(y, mean[t].flatten(), var[t].flatten()).unflatten(1, (G, c))
+        terms = zip(W[t], [*normed.unbind(1), *rest], strict=True)
+        formula.append(sum(w * term for w, term in terms))
+    formula = torch.stack(formula, 1).flatten(1, 2)
+    formula = formula + start if started else formula
+    inputs = [h, P, W] + ([start] if started else [])
+    same_gradients(out, formula, inputs)
+
+
+def test_norm_relu_depthwise_of_an_evaluation():
+    G, c = 6, 2
+    h, P, weight = random(3, G * c, 6, 8), random(G, c, c), random(G, c, 5, 5)
+    mean, var = torch.randn(G, c).double(), torch.rand(G, c).double() + 0.5
+    y = F.batch_norm(blocks(h, P), mean.flatten(), var.flatten()).relu()
+    formula = F.conv2d(y, weight.reshape(-1, 1, 5, 5), None, 1, 2, 1, G * c)
+    same_gradients(norm_relu_depthwise(mean, var, h, P, weight), formula, [h, P, weight])
 
 
 def test_halved_max():

@@ -1,0 +1,85 @@
+"""The texts of the classes that the fast form stands for.
+
+Figures of two small cells do not show what a change does at other sizes, widths or precisions,
+seldom, or beside the output; so a class of another text is run as it is.
+`python -m fused.known` prints the digests anew, for when the fast form has followed a change.
+"""
+
+import functools
+import hashlib
+import inspect
+import io
+import tokenize
+
+WRITTEN_FOR = {
+    "MixedOp": "080d487e9af5c25e",
+    "Cell": "67bda8d3eee88b9d",
+    "ReLUConvBN": "44fb556d41417056",
+    "FactorizedReduce": "d1992f06cb93bdca",
+    "SepConv": "7bb06a18014d4725",
+    "DilConv": "52bd5f49c7693298",
+    "Identity": "cc8dc151709c67f0",
+    "Zero": "26d92b3d9241d376",
+}
+FOREIGN = ("torch.", "builtins", "fused.")  # modules whose classes nobody edits
+SIGNS = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+
+
+def unfamiliar(kind):
+    """None, or in a few words which base of a type, or itself, has another text. torch's do not."""
+    for c in kind.__mro__:
+        if not c.__module__.startswith(FOREIGN):
+            names = {name: v for name, v in vars(c).items() if not _of_python(name, v)}
+            if names and not _is_known(c.__name__, tuple(names.items())):
+                return f"{c.__name__} has another text than the one it was written for"
+    return None
+
+
+def _of_python(name, value):
+    return name.startswith("__") and not inspect.isroutine(value)
+
+
+@functools.cache
+def _is_known(name, attributes):
+    """Whether a class holds nothing but the functions with these texts."""
+    functions = dict(attributes)
+    try:
+        return digest(functions) == WRITTEN_FOR.get(name)
+    except (AttributeError, OSError):  # no function, or none with a text
+        return False
+
+
+def digest(functions):
+    """Of the texts of {name: function}, as they are now; comments and docstrings do not count."""
+    texts = [f"{name}: {_text(value.__code__)}" for name, value in sorted(functions.items())]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _text(code):
+    """The text of a function without what does not change it, the same in every Python."""
+    text, before = [], None
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(code)).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if before == tokenize.INDENT and token.type == tokenize.STRING:
+            before = "docstring"
+        elif before == "docstring":  # the end of its line
+            before = None
+        else:
+            text.append(SIGNS.get(token.type, token.string))
+            before = token.type
+    return "".join(text)
+
+
+def functions_of(c):
+    """{name: function} of what a class itself holds."""
+    return {name: value for name, value in vars(c).items() if inspect.isroutine(value)}
+
+
+if __name__ == "__main__":
+    import model_search
+    import operations
+
+    names = "ReLUConvBN FactorizedReduce SepConv DilConv Identity Zero".split()
+    for c in (model_search.MixedOp, model_search.Cell, *(getattr(operations, n) for n in names)):
+        print(f'    "{c.__name__}": "{digest(functions_of(c))}",')
