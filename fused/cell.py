@@ -26,7 +26,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused.functions import (
-    MOMENTUM,
     Depthwise,
     HalvedMax,
     Moments,
@@ -99,17 +98,17 @@ class FastForward:
     recompute = False  # keep less for the backward pass and compute it again
     total = None  # a function, where batch statistics are those of all processes: see Moments
     norm = nn.BatchNorm2d  # the type of the cell's norms
-    _plans = {}  # by mode
+    _plans = None, None  # in evaluation, in training
 
     def is_fast(self):
         """Whether a forward now would be the fast one."""
         return self._plan().why is None
 
     def _plan(self):
-        plan = self._plans.get(self.training)
+        plan = self._plans[self.training]
         if plan is None or not plan.holds(self):
-            plan = Plan(self)
-            self._plans = {**self._plans, self.training: plan}
+            plan, other = Plan(self), self._plans[not self.training]
+            self._plans = (other, plan) if self.training else (plan, other)
             if plan.why is not None:
                 say(plan.why)
         return plan
@@ -120,25 +119,6 @@ class FastForward:
             return 1
         images = torch.full((), len(x), dtype=torch.float64, device=x.device)
         return images / self.total([images])[0]
-
-    def _by_source(self, plan, constants, weights, betas):
-        """The weights of all cells of a kind: of the operations, of the bypass, and of the blocks.
-
-        (E, ops) by source; (S, T) of each wave; (W, W_normed) of functions.NormSum, (T, blocks), of
-        each wave.
-        """
-        (order, places, shapes), waves = constants, plan.waves
-        betas = betas[order]
-        coefficients = weights[order] * betas[:, None]
-        betas = betas.split([wave.S * wave.T for wave in waves])
-        betas = [part.view(wave.S, wave.T) for part, wave in zip(betas, waves, strict=True)]
-        row = F.pad(coefficients.flatten(), (0, 1))
-        parts = row[places].split([T * blocks for T, blocks in shapes])
-        Ws = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        plain = [plan.kinds.plain(wave) for wave in waves]
-        normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, plain, strict=True)]
-        normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
-        return coefficients, betas, list(zip(Ws, normed, strict=True))
 
     def forward(self, s0, s1, weights, betas):
         """(N, multiplier * C, H, W) of s0 and s1, the outputs of the two cells before.
@@ -151,13 +131,16 @@ class FastForward:
         kinds, waves, k = plan.kinds, plan.waves, self._ops[0].k
         places = constants(kinds, waves, weights.device)
         coefficients, betas, mixtures = remembered(
-            weights, (places, betas), lambda: self._by_source(plan, places, weights, betas)
+            weights, (places, betas), lambda: plan.by_source(places, weights, betas)
         )
         states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
         c = states[0].shape[1] // k
-        convs = self._convolutions(plan)
-        moments = Moments(self._fraction(s1), self.total) if self.training else None
-        figures = [None] * len(waves) if self.training else self._running(plan, c)
+        kernels = plan.kernels()
+        eye = identity(c, self.preprocess1.op[1].weight.dtype, s1.device)
+        if self.training:
+            statistics = [Moments(self._fraction(s1), self.total)] * len(waves)
+        else:
+            statistics = plan.running(eye)
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
         sources, last = states, layout(s1) == torch.channels_last
         for w, (S, T, stride, first, edges) in enumerate(waves):
@@ -167,7 +150,7 @@ class FastForward:
             x = torch.cat([selected for selected, _ in parts], 1)  # (N, S * c, H, W)
             kind = "cpu" if x.is_meta else x.device.type
             with torch.autocast(kind, enabled=False):  # _mix computes in the type of x, or float32
-                mixed = self._mix(mixed, x, plan, w, convs[w], mixtures[w], moments, figures[w])
+                mixed = self._mix(mixed, x, plan, w, kernels[w], mixtures[w], statistics[w], eye)
             for o in kinds.others:
                 ops = [self._ops[e]._ops[o] for e in edges]
                 inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
@@ -184,76 +167,31 @@ class FastForward:
                 passed, bypass = bypass.split([1, T - 1]) if k > 1 else (None, None)
             states.append(self._node(node, passed, last))
             sources = states[-1:]
-        if moments:
-            self._follow(plan, moments, node.numel() // c / moments.fraction)
+        if self.training:
+            plan.follow(statistics[0], node.numel() // c)
         return torch.cat(states[-self._multiplier :], dim=1)
 
-    def _convolutions(self, plan):
-        """Of each wave: the groups of depthwise kernels (edges, ops, c, k, k), each also turned.
+    def _mix(self, mixed, x, plan, w, kernels, mixture, statistics, eye):
+        """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W).
 
-        The groups: the first convolutions of the sep_convs, their second ones, the dil_convs.
-        Smaller kernels are padded to the largest.
+        statistics: the Moments of the cell; in evaluation the running figures of the wave's norms.
         """
-        edges = [wave.S * wave.T for wave in plan.waves]
-        groups = []
-        for convs in plan.depthwise:  # of each op
-            kernels = [torch.stack([conv.weight for conv in of_op]).squeeze(2) for of_op in convs]
-            size = max(kernel.shape[-1] for kernel in kernels)
-            margins = [(size - kernel.shape[-1]) // 2 for kernel in kernels]
-            pairs = zip(kernels, margins, strict=True)
-            kernels = [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs]
-            kernels = torch.stack(kernels, 1)
-            turned = kernels.detach().flip(3, 4)
-            n = len(kernels) // len(plan.ops)  # how often this kind of op convolves
-            both = list(zip(kernels.split(edges * n), turned.split(edges * n), strict=True))
-            groups += [both[i * len(edges) : (i + 1) * len(edges)] for i in range(n)]
-        return list(zip(*groups, strict=True)) if groups else [()] * len(edges)
-
-    @torch.no_grad()
-    def _follow(self, plan, moments, pixels):
-        """The running figures follow the (-mean, variance) of all norms over this many pixels."""
-        if not plan.norms:
-            return
-        minus_means, variances = zip(*moments, strict=True)
-        means, variances = torch.cat(minus_means + variances).squeeze(2).tensor_split(2)
-        variances.mul_(pixels / (pixels - 1 if pixels > 1 else 1))
-        means, variances = means.neg_().unbind(), variances.unbind()
-        new = [means[row] for row in plan.rows] + [variances[row] for row in plan.rows]
-        running = [n.running_mean for n in plan.norms] + [n.running_var for n in plan.norms]
-        torch._foreach_lerp_(running, new, MOMENTUM)
-        torch._foreach_add_([n.num_batches_tracked for n in plan.norms], 1)
-
-    def _running(self, plan, c):
-        """Of each wave the running means and variances of its norms, (2, norms, c)."""
-        names = "running_mean", "running_var"
-        figures = [getattr(norm, name) for name in names for norm in plan.norms]
-        figures = torch.stack(figures) if figures else self.preprocess1.op[1].weight.new_empty(0)
-        return figures.view(2, len(plan.norms), c).split([sum(n) for n in plan.counts], 1)
-
-    def _mix(self, mixed, x, plan, w, convs, mixture, moments, figures):
-        """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W)."""
-        (W, W_normed), (S, T, stride, _, _) = mixture, plan.waves[w]
-        kinds, c = plan.kinds, x.shape[1] // S
+        (W, W_normed), kinds, stride = mixture, plan.kinds, plan.waves[w].stride
         if not W.shape[1]:  # a space of `none` and of operations that run one by one
             n, _, h, width = x[:, :, ::stride, ::stride].shape
-            return x.new_zeros(n, len(W) * c, h, width) if mixed is None else mixed
-        convs = list(convs)
-        firsts, seconds = [convs.pop(0), convs.pop(0)] if kinds.seps else [None, None]
-        dils = convs.pop() if kinds.dils else None
+            return x.new_zeros(n, len(W) * len(eye), h, width) if mixed is None else mixed
+        firsts, seconds, dils = kernels
         hs = self._first_convolutions(x, plan, w, firsts, dils)
-        # The 1x1 convolutions that a norm follows; 1 where it follows none, or is none.
-        middle, P = ([conv.weight for conv in part[w]] for part in (plan.middle, plan.last))
-        eye = identity(c, self.preprocess1.op[1].weight.dtype, x.device)[:, :, None, None]
-        P = torch.stack(P + [eye] * (W.shape[1] - len(P))).flatten(2)
+        Q, P = plan.pointwise(w, W.shape[1], eye)
         plain, skips = kinds.plain(plan.waves[w]), [x] * len(kinds.skips) * (stride == 1)
         recompute = self.recompute and self.training
         again = {} if recompute else None
         if firsts:
-            Q, first, (kernel, turned) = torch.stack(middle).flatten(2), hs[0], seconds
+            first, (kernel, turned) = hs[0], seconds
             if self.training:
-                hs[0] = NormReLUDepthwise.apply(moments, again, turned, first, Q, kernel)
+                hs[0] = NormReLUDepthwise.apply(statistics, again, turned, first, Q, kernel)
             else:
-                hs[0] = norm_relu_depthwise(*figures[:, : len(middle)], first, Q, kernel)
+                hs[0] = norm_relu_depthwise(*statistics[0], first, Q, kernel)
 
         def pools(x):
             return [pool(x) for pool in plan.pool_ops[w]]
@@ -273,11 +211,8 @@ class FastForward:
         hs = side_by_side([*hs, *pooled, *skips])
         if self.training:
             remake = remake if recompute else None
-            return NormSum.apply(moments, plain, mixed, W_normed, remake, kept, W, P, *hs)
-        own, shared = figures[:, len(middle) :].split(plan.counts[w][1:], 1)
-        shared = shared.unflatten(1, (-1, T)).transpose(1, 2)  # (2, T, pools * S, c)
-        own = own.unsqueeze(1).expand(-1, T, -1, -1)
-        return norm_sum(*torch.cat([own, shared], 2), plain, mixed, W, P, hs)
+            return NormSum.apply(statistics, plain, mixed, W_normed, remake, kept, W, P, *hs)
+        return norm_sum(*statistics[1], plain, mixed, W, P, hs)
 
     def _first_convolutions(self, x, plan, w, firsts, dils):
         """The outputs of the operations' first convolutions: sep_convs, dil_convs, halves."""

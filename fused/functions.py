@@ -62,7 +62,10 @@ def _blockwise(h, A, b=None):
     G, c, _ = A.shape
     n = _blocks_per_group(G, c)
     if n > 1:  # n blocks of c are one of n * c with zeros off the diagonal
-        A = A.unflatten(0, (G // n, n)).unsqueeze(3) * identity(n, A.dtype, A.device)[:, None, :, None]
+        A = (
+            A.unflatten(0, (G // n, n)).unsqueeze(3)
+            * identity(n, A.dtype, A.device)[:, None, :, None]
+        )
     kernel = A.reshape(G * c, n * c, 1, 1).to(h.dtype)
     return F.conv2d(h, kernel, None if b is None else b.flatten().to(h.dtype), groups=G // n)
 

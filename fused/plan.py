@@ -8,14 +8,13 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from fused.functions import EPS, MOMENTUM
-from fused.known import FOREIGN, unfamiliar
-from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
-
-HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+from fused.functions import MOMENTUM
+from fused.known import FOREIGN, hooks, strange, unfamiliar
+from operations import DilConv, FactorizedReduce, Identity, SepConv, Zero
 
 
 def edges_by_source(steps):
@@ -90,7 +89,7 @@ class Plan:
                 for o, op in enumerate(edge._ops):
                     if o not in self.kinds.others:
                         parts += op.modules()
-            self.why = _why(cell, self, parts)
+            self.why = strange(cell, self, parts)
         self._keep(cell, parts)
         if self.why is None:
             self._read()
@@ -104,9 +103,9 @@ class Plan:
         self.parts, self.types = parts, [type(part) for part in parts]
         classes = dict.fromkeys(c for kind in {type(cell), *self.types} for c in kind.__mro__)
         self.live = [vars(c) for c in classes if not c.__module__.startswith(FOREIGN)]
-        self.live += _hooks(vars(torch_module), "_global")
+        self.live += hooks(vars(torch_module), "_global")
         for part in (cell, *parts):
-            self.live += [part._modules, *_hooks(vars(part))]
+            self.live += [part._modules, *hooks(vars(part))]
         # Of tensors only whether they are there: their values may change.
         attributes = (vars(part) for part in parts)
         self.live += [d for d in attributes if not any(map(torch.is_tensor, d.values()))]
@@ -132,12 +131,9 @@ class Plan:
         self.pool_ops = [  # which have no weights: one for all targets of a source
             [ops[wave.first][o][0] for o in kinds.pools] for wave in self.waves
         ]
-        # The convolutions of the sep_convs, first all first ones; those of the dil_convs.
-        self.depthwise = [
-            [[edge[o].op[at] for at in places for edge in ops] for o in group]
-            for group, places in ((kinds.seps, (1, 5)), (kinds.dils, (1,)))
-            if group
-        ]
+        # Depthwise, of each op: of sep_convs all first ones, then all second ones; of dil_convs.
+        self.sep_convs = [[edge[o].op[at] for at in (1, 5) for edge in ops] for o in kinds.seps]
+        self.dil_convs = [[edge[o].op[1] for edge in ops] for o in kinds.dils]
         self.middle, self.last = [], []  # of each wave the 1x1 convolutions that a norm follows
         strided = ops[: sum(wave.S * wave.T for wave in self.waves if wave.stride == 2)]
         self.halves = [
@@ -165,6 +161,95 @@ class Plan:
             self.rows += [row + own + i // wave.T for i in range(len(pools))]
             self.norms += middle + last + pools
             self.counts.append((len(middle), len(last), len(pools)))
+
+    def by_source(self, places, weights, betas):
+        """The weights of all cells of a kind: of the operations, of the bypass, and of the blocks.
+
+        (E, ops) by source; (S, T) of each wave; (W, W_normed) of functions.NormSum, (T, blocks), of
+        each wave. places: `constants` of this plan.
+        """
+        (order, places, shapes), waves = places, self.waves
+        betas = betas[order]
+        coefficients = weights[order] * betas[:, None]
+        betas = betas.split([wave.S * wave.T for wave in waves])
+        betas = [part.view(wave.S, wave.T) for part, wave in zip(betas, waves, strict=True)]
+        row = F.pad(coefficients.flatten(), (0, 1))
+        parts = row[places].split([T * blocks for T, blocks in shapes])
+        Ws = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        plain = [self.kinds.plain(wave) for wave in waves]
+        normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, plain, strict=True)]
+        normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
+        return coefficients, betas, list(zip(Ws, normed, strict=True))
+
+    def kernels(self):
+        """Of each wave: depthwise kernels (edges, ops, c, k, k), and these turned by 180 degrees.
+
+        Of the first convolutions of the sep_convs, of their second ones, and of the dil_convs; None
+        where there are none. Smaller kernels are padded to the largest.
+        """
+        edges = [wave.S * wave.T for wave in self.waves]
+
+        def by_wave(convs, n):
+            """Those of the waves, n times; convs: of each op a list of convolutions."""
+            if not convs:
+                return [None] * (n * len(edges))
+            kernels = [torch.stack([conv.weight for conv in of_op]).squeeze(2) for of_op in convs]
+            size = max(kernel.shape[-1] for kernel in kernels)
+            margins = [(size - kernel.shape[-1]) // 2 for kernel in kernels]
+            pairs = zip(kernels, margins, strict=True)
+            kernels = torch.stack(
+                [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs], 1
+            )
+            turned = kernels.detach().flip(3, 4)
+            return list(zip(kernels.split(edges * n), turned.split(edges * n), strict=True))
+
+        seps, dils = by_wave(self.sep_convs, 2), by_wave(self.dil_convs, 1)
+        return list(zip(seps[: len(edges)], seps[len(edges) :], dils, strict=True))
+
+    def pointwise(self, w, blocks, eye):
+        """The 1x1 convolutions of a wave that are followed by a norm, (G, c, c), as matrices.
+
+        Those inside the sep_convs, or None; and those at the end of each of the blocks, which are
+        `eye` where there is none.
+        """
+        middle, last = ([conv.weight for conv in part[w]] for part in (self.middle, self.last))
+        last += [eye[:, :, None, None]] * (blocks - len(last))
+        return torch.stack(middle).flatten(2) if middle else None, torch.stack(last).flatten(2)
+
+    def running(self, eye):
+        """Of each wave the running means and variances of its norms; eye: (c, c).
+
+        Those inside the sep_convs, (2, norms, c), and those of all blocks that have one, for each
+        target: (2, T, blocks, c).
+        """
+        names = "running_mean", "running_var"
+        figures = [getattr(norm, name) for name in names for norm in self.norms]
+        figures = torch.stack(figures) if figures else eye[:0]
+        figures = figures.view(2, len(self.norms), len(eye))
+        waves = []
+        for wave, part in zip(
+            self.waves, figures.split([sum(n) for n in self.counts], 1), strict=True
+        ):
+            middle, own, pools = part.split(self.counts[len(waves)], 1)
+            own = own.unsqueeze(1).expand(-1, wave.T, -1, -1)
+            pools = pools.unflatten(1, (-1, wave.T)).transpose(1, 2)
+            waves.append((middle, torch.cat([own, pools], 2)))
+        return waves
+
+    @torch.no_grad()
+    def follow(self, moments, pixels):
+        """The running figures follow those of all norms, over this many pixels in this process."""
+        if not self.norms:
+            return
+        pixels = pixels / moments.fraction
+        minus_means, variances = zip(*moments, strict=True)
+        means, variances = torch.cat(minus_means + variances).squeeze(2).tensor_split(2)
+        variances.mul_(pixels / (pixels - 1 if pixels > 1 else 1))
+        means, variances = means.neg_().unbind(), variances.unbind()
+        new = [means[row] for row in self.rows] + [variances[row] for row in self.rows]
+        running = [n.running_mean for n in self.norms] + [n.running_var for n in self.norms]
+        torch._foreach_lerp_(running, new, MOMENTUM)
+        torch._foreach_add_([n.num_batches_tracked for n in self.norms], 1)
 
 
 def _kinds(first, last, reduction):
@@ -209,59 +294,6 @@ def _kinds(first, last, reduction):
     return Kinds(seps, dils, pools, halves, skips, others, len(last))
 
 
-def _hooks(attributes, prefix=""):
-    """The dicts of hooks that a call of a module runs, of one module or of all."""
-    return [attributes[prefix + name] for name in HOOKS]
-
-
-def _why(cell, plan, parts):
-    """None, or in a few words why the fast form is not the same function as this cell."""
-    for kind in dict.fromkeys(map(type, parts)):
-        if unfamiliar(kind):
-            return unfamiliar(kind)
-    for part in parts:
-        name = type(part).__name__
-        if any(_hooks(vars(part))):
-            return f"hooks of {name}"
-        if "forward" in vars(part):
-            return f"the forward of one {name}"
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            if type(part) is not cell.norm:
-                return name
-            if part.training != cell.training:
-                return "batch norms in another mode than their cell"
-            without = part.running_mean is None or part.affine
-            if without or (part.momentum, part.eps) != (MOMENTUM, EPS):
-                return "other momentum, eps, weights or statistics of batch norms"
-    if any(_hooks(vars(torch_module), "_global")):
-        return "hooks of all modules"
-    for block in (cell.preprocess0, cell.preprocess1):
-        if type(block) not in (ReLUConvBN, FactorizedReduce):
-            return f"the preprocess {type(block).__name__}"
-    k, others = cell._ops[0].k, plan.kinds.others
-    built = {
-        stride: [_built(op) for o, op in enumerate(ops) if o not in others]
-        for stride, ops in ((1, plan.ops[-1]), (2, plan.ops[0]))
-    }
-    for wave in plan.waves:
-        for edge in (cell._ops[e] for e in wave.edges):
-            if (edge.k, edge.stride, edge.sampling) != (k, wave.stride, cell.sampling):
-                return f"an edge with k={edge.k}, stride={edge.stride}, {edge.sampling}"
-            ops = [_built(op) for o, op in enumerate(edge._ops) if o not in others]
-            if ops != built[wave.stride]:
-                return "an edge that is not built as the others"
-    return None
-
-
-def _built(op):
-    """Everything of the modules of an operation but their tensors."""
-    return [
-        (type(m), list(m._modules), {k: v for k, v in vars(m).items() if k[0] != "_"},
-         [p is None or p.shape for p in (*m._parameters.values(), *m._buffers.values())])
-        for m in op.modules()
-    ]  # fmt: skip
-
-
 @functools.cache
 def constants(kinds, waves, device):
     """Of cells with these kinds: the edges by source, and where W of each wave has its entries.
@@ -279,7 +311,9 @@ def constants(kinds, waves, device):
         part = places[wave.first : wave.first + S * T].view(S, T, -1)
         own = torch.eye(T, dtype=torch.bool, device="cpu")[:, None, :, None]
         skips = kinds.skips if wave.stride == 1 else ()
-        blocks = [torch.where(own, part[:, :, list(ops)], -1).flatten(1) for ops in kinds.own(wave.stride)]
+        blocks = [
+            torch.where(own, part[:, :, list(ops)], -1).flatten(1) for ops in kinds.own(wave.stride)
+        ]
         shared = list(kinds.pools + skips)
         blocks.append(part[:, :, shared].permute(1, 2, 0).flatten(1))
         matrices.append(torch.cat(blocks, 1))

@@ -522,7 +522,9 @@ CHANGES = {
     "one frozen norm": lambda network: network.cells[0]._ops[5]._ops[1][1].eval(),
     "momentum": lambda network: [setattr(norm, "momentum", 0.01) for norm in norms(network)],
     "eps": lambda network: [setattr(norm, "eps", 1e-3) for norm in norms(network)],
-    "hooks": lambda network: [m.register_forward_hook(doubled) for m in modules(network, nn.Conv2d)],
+    "hooks": lambda network: [
+        m.register_forward_hook(doubled) for m in modules(network, nn.Conv2d)
+    ],
     "a hook of an edge": lambda network: network.cells[2]._ops[0].register_forward_hook(doubled),
     "a replaced operation": lambda network: network.cells[0]._ops[2]._ops.__setitem__(
         3, nn.AvgPool2d(3, 1, 1)

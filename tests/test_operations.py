@@ -11,10 +11,10 @@ from fused.functions import (
     Moments,
     NormReLUDepthwise,
     NormSum,
-    norm_relu_depthwise,
-    norm_sum,
     factorized_kernel,
     halve,
+    norm_relu_depthwise,
+    norm_sum,
 )
 from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv
 from utils import without_module_prefix
