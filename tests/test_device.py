@@ -848,7 +848,7 @@ def peak(device, step):
 
 @ON_BOTH
 def test_memory_of_a_step(device, record_property):
-    n, size, C = (256, 32, 16) if device == "cuda" else (4, 8, 8)
+    n, size, C = (256, 32, 16) if device == "cuda" else (4, 16, 8)
     taken = {}
     for name, form, more in (("plain", "plain", {}), ("fused", "fused", {}),
                              ("fused-contiguous", "fused-contiguous", {}),
