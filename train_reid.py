@@ -194,7 +194,7 @@ def introduce(log, args, people, identities, genotype):
     )  # fmt: skip
     without = data.without_match(people)
     if without:
-        log.info("%d queries have no image by another camera and do not count", without)
+        log.info("queries without an image by another camera, which do not count: %d", without)
     if genotype is None:
         log.info("%s of torchvision, not pretrained: --layers, --init_channels and "
                  "--drop_path_prob do not apply", args.arch)  # fmt: skip

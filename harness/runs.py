@@ -19,7 +19,7 @@ import torch
 
 import genotypes
 import utils
-from harness import distributed, drawing, files, flags, report, script
+from harness import distributed, drawing, files, flags, older, report, script
 from harness.files import FORMAT
 from operations import OPS
 from utils import UserError
@@ -142,7 +142,10 @@ class Run:
         try:
             self.values = {name: state["values"][name] for name in self.values}
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                kept = state[name]
+                if name == "optimizer":
+                    kept = older.by_edge(kept, self.parts["model"])
+                part.load_state_dict(kept)
             if unfinished is not None:
                 unfinished = {name: unfinished[name] for name in ("step", "seconds", "each")}
             _check_records(state["records"])

@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,10 @@ def run(main, get_args):
     try:
         args = get_args()
         main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads, as head does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         sys.exit(_fail(error, 2))
     except OSError as error:  # a full disk, a folder that is read-only

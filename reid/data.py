@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from harness.data import open_image
 from harness.files import expanded
@@ -24,7 +25,6 @@ DIGITS = Path(__file__).parent.parent / "harness" / "digits.npz"
 CAMERAS = 3  # made up, for digits
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, customary here
 NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})\D.*")  # <pid>_c<camera>..., as 0002_c1s1_000451_03.jpg
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 class Images(NamedTuple):
@@ -81,7 +81,7 @@ def read_market(root):
 def _folder(folder):
     files = sorted(
         path for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
     )  # fmt: skip
     ids, cameras = [], []
     for path in files:

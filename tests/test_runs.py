@@ -420,6 +420,15 @@ def test_streams_that_are_closed(tmp_path):
     assert "SIGTERM: saved" in (only(tmp_path, "eval-mute-*") / "log.txt").read_text()
 
 
+def test_a_reader_that_has_enough_ends_a_script_in_silence():
+    """As `| head -1` does."""
+    command = [sys.executable, ROOT / "model.py", "--arch", "PC_DARTS_cifar"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize(
     ("kind", "script", "more"),
     [("search", "train_search.py", ""), ("search", "train_search.py", "--report_freq 1"),
