@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import channel_shuffle
 
 import operations
-from fused import FastForward, difference
+from fused import FastForward, difference, sharing
 from genotypes import PRIMITIVES, Genotype
 from operations import OPS, FactorizedReduce, ReLUConvBN
 from utils import without_module_prefix
@@ -202,9 +202,10 @@ class Network(nn.Module):
             s0 = s1 = self.stem(x)
         weights = {kind: getattr(self, f"alphas_{kind}").softmax(-1) for kind in KINDS}
         betas = {kind: self.edge_weights(kind) for kind in KINDS}
-        for cell in self.cells:
-            kind = "reduce" if cell.reduction else "normal"
-            s0, s1 = s1, cell(s0, s1, weights[kind], betas[kind])
+        with sharing():  # fast cells compute once what several of them need
+            for cell in self.cells:
+                kind = "reduce" if cell.reduction else "normal"
+                s0, s1 = s1, cell(s0, s1, weights[kind], betas[kind])
         return self.global_pooling(s1).flatten(1)
 
     def edge_weights(self, kind):

@@ -5,8 +5,8 @@ FastForward gives model_search.Cell another forward (same arguments, modules and
 read to understand the method.
 """
 
-from fused.cell import FastForward
+from fused.cell import FastForward, sharing
 from fused.comparison import difference
 from fused.gradients import Gradients, copy_into
 
-__all__ = ["FastForward", "Gradients", "copy_into", "difference"]
+__all__ = ["FastForward", "Gradients", "copy_into", "difference", "sharing"]

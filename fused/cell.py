@@ -17,8 +17,10 @@ The modules are those of model_search.Cell: only the forward is another. First d
 docs/differences.md, 12.
 """
 
+import contextlib
 import functools
 import logging
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -44,23 +46,58 @@ from operations import ReLUConvBN
 log = logging.getLogger("pc-darts")
 
 
-def remembered(tensor, key, make):
-    """make(), kept on the tensor that it is made of, for the cells that need the same again.
+class _Scope(threading.local):
+    name = None  # of the forward of a network that is under way, in this thread
 
-    Not on a leaf that learns, which outlives a graph, and not beyond a change of the tensor.
-    """
-    if tensor.is_inference() or (tensor.is_leaf and tensor.requires_grad):
+
+_scope = _Scope()
+
+
+def sharing():
+    """Within it cells share what several of them need of a tensor: around those of one forward."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _sharing()
+
+
+@contextlib.contextmanager
+def _sharing():
+    before, _scope.name = _scope.name, object()
+    try:
+        yield
+    finally:
+        _scope.name = before
+
+
+def shared(make, key, *tensors):
+    """make(), kept on the first of the tensors that it is made of, for the other cells."""
+    if _scope.name is None or is_checkpointed():
         return make()
-    key = *key, tensor._version, torch.is_grad_enabled()
-    kept = getattr(tensor, "_fused", None)
+    key = _scope.name, torch.is_grad_enabled(), key, *tensors[1:]
+    kept = getattr(tensors[0], "_fused", None)
     if kept is None or any(mine is not its for mine, its in zip(key, kept[0], strict=True)):
-        kept = tensor._fused = key, make()
+        kept = tensors[0]._fused = key, make()
     return kept[1]
+
+
+def is_checkpointed():
+    """Whether torch.utils.checkpoint is to find all that is computed here, each time it runs."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return bool(hooks) and hooks[0].__module__ == checkpoint.__module__
+
+
+def is_transformed(*tensors):
+    """Whether something traces, compiles or transforms this call, as torch.func.vmap does."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors)  # torch.fx, fakes
+    )
 
 
 def preprocess(block, x):
     """block(x), a ReLUConvBN or FactorizedReduce, with a ReLU that is made once for all readers."""
-    relu = remembered(x, (), x.relu)
+    relu = shared(x.relu, None, x)
     if isinstance(block, ReLUConvBN):
         return block.op[1:](relu)
     return block.bn(halve(relu, factorized_kernel(block.conv_1.weight, block.conv_2.weight)))
@@ -113,6 +150,12 @@ class FastForward:
                 say(plan.why)
         return plan
 
+    def _fits(self, weights, betas):
+        """Whether they are what the equations have: matrix and vector, in the type of the cell."""
+        sizes = (len(self._ops), len(self._ops[0]._ops)), (len(self._ops),)
+        dtypes = {self.preprocess1.op[1].weight.dtype, weights.dtype, betas.dtype}
+        return (weights.shape, betas.shape) == sizes and len(dtypes) == 1
+
     def _fraction(self, x):
         """Of all images those of this process, where statistics are taken over all processes."""
         if self.total is None:
@@ -125,13 +168,13 @@ class FastForward:
 
         weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
         """
-        plan = self._plan()
-        if plan.why is not None:
+        plan = None if is_transformed(s0, s1, weights, betas) else self._plan()
+        if plan is None or plan.why is not None or not self._fits(weights, betas):
             return super().forward(s0, s1, weights, betas)
         kinds, waves, k = plan.kinds, plan.waves, self._ops[0].k
         places = constants(kinds, waves, weights.device)
-        coefficients, betas, mixtures = remembered(
-            weights, (places, betas), lambda: plan.by_source(places, weights, betas)
+        coefficients, betas, mixtures = shared(
+            lambda: plan.by_source(places, weights, betas), places, weights, betas
         )
         states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
         c = states[0].shape[1] // k

@@ -1,8 +1,9 @@
-"""What the fast form stands for: modules that nobody has changed, of classes with these very texts.
+"""What the fast form stands for: modules as operations.py makes them, of classes with these texts.
 
 Figures of two small cells do not show what a change does at other sizes, widths or precisions,
-seldom, or beside the output; so a class of another text is run as it is.
-`python -m fused.known` prints the digests anew, for when the fast form has followed a change.
+seldom, or beside the output; so a class of another text, or a module with something changed, is run
+as it is. `python -m fused.known` prints the digests anew, for when the fast form has followed a
+change.
 """
 
 import functools
@@ -11,11 +12,10 @@ import inspect
 import io
 import tokenize
 
+import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
-from fused.functions import EPS, MOMENTUM
-from operations import FactorizedReduce, ReLUConvBN
+from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 
 WRITTEN_FOR = {
     "MixedOp": "080d487e9af5c25e",
@@ -27,9 +27,13 @@ WRITTEN_FOR = {
     "Identity": "cc8dc151709c67f0",
     "Zero": "26d92b3d9241d376",
 }
-HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 FOREIGN = ("torch.", "builtins", "fused.")  # modules whose classes nobody edits
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 SIGNS = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+
+
+# Classes
 
 
 def unfamiliar(kind):
@@ -37,7 +41,7 @@ def unfamiliar(kind):
     for c in kind.__mro__:
         if not c.__module__.startswith(FOREIGN):
             names = {name: v for name, v in vars(c).items() if not _of_python(name, v)}
-            if names and not _is_known(c.__name__, tuple(names.items())):
+            if names and not _is_known(c.__name__, names):
                 return f"{c.__name__} has another text than the one it was written for"
     return None
 
@@ -46,19 +50,25 @@ def _of_python(name, value):
     return name.startswith("__") and not inspect.isroutine(value)
 
 
-@functools.cache
 def _is_known(name, attributes):
     """Whether a class holds nothing but the functions with these texts."""
-    functions = dict(attributes)
+    codes = {key: getattr(value, "__code__", None) for key, value in attributes.items()}
+    return None not in codes.values() and _digest(tuple(codes.items())) == WRITTEN_FOR.get(name)
+
+
+def digest(c):
+    """Of the texts of a class's functions, as they are; comments and docstrings do not count."""
+    functions = {name: value for name, value in vars(c).items() if inspect.isroutine(value)}
+    return _digest(tuple((name, value.__code__) for name, value in functions.items()))
+
+
+@functools.cache
+def _digest(codes):
+    """Of ((name, code), ...); None where one has no text."""
     try:
-        return digest(functions) == WRITTEN_FOR.get(name)
-    except (AttributeError, OSError):  # no function, or none with a text
-        return False
-
-
-def digest(functions):
-    """Of the texts of {name: function}, as they are now; comments and docstrings do not count."""
-    texts = [f"{name}: {_text(value.__code__)}" for name, value in sorted(functions.items())]
+        texts = [f"{name}: {_text(code)}" for name, code in sorted(codes, key=lambda pair: pair[0])]
+    except OSError:
+        return None
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
@@ -78,65 +88,78 @@ def _text(code):
     return "".join(text)
 
 
+# Modules
+
+
 def hooks(attributes, prefix=""):
-    """The dicts of hooks that a call of a module runs, of one module or of all."""
+    """The dicts of hooks that a call of a module runs: of one module, or of all."""
     return [attributes[prefix + name] for name in HOOKS]
 
 
-def strange(cell, plan, parts):
-    """None, or in a few words what of a cell is not as the fast form knows it.
+def is_plain(module):
+    """Whether it has no hooks, and no function in the place of one of its class."""
+    return not any(hooks(vars(module))) and not any(map(callable, vars(module).values()))
 
-    parts: its modules, but for those inside the operations that run as they are.
+
+def is_as_made(block, reference, cell):
+    """Whether a block of the cell is a fresh one but for its weights and statistics.
+
+    reference: what `signature` gives for a fresh one. Its norms must be in the mode of the cell.
     """
-    for kind in dict.fromkeys(map(type, parts)):
-        if unfamiliar(kind):
-            return unfamiliar(kind)
-    for part in parts:
-        name = type(part).__name__
-        if any(hooks(vars(part))):
-            return f"hooks of {name}"
-        if "forward" in vars(part):
-            return f"the forward of one {name}"
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            if type(part) is not cell.norm:
-                return name
-            if part.training != cell.training:
-                return "batch norms in another mode than their cell"
-            without = part.running_mean is None or part.affine
-            if without or (part.momentum, part.eps) != (MOMENTUM, EPS):
-                return "other momentum, eps, weights or statistics of batch norms"
-    if any(hooks(vars(torch_module), "_global")):
-        return "hooks of all modules"
-    for block in (cell.preprocess0, cell.preprocess1):
-        if type(block) not in (ReLUConvBN, FactorizedReduce):
-            return f"the preprocess {type(block).__name__}"
-    k, others = cell._ops[0].k, plan.kinds.others
-    built = {
-        stride: [_built(op) for o, op in enumerate(ops) if o not in others]
-        for stride, ops in ((1, plan.ops[-1]), (2, plan.ops[0]))
-    }
-    for wave in plan.waves:
-        for edge in (cell._ops[e] for e in wave.edges):
-            if (edge.k, edge.stride, edge.sampling) != (k, wave.stride, cell.sampling):
-                return f"an edge with k={edge.k}, stride={edge.stride}, {edge.sampling}"
-            ops = [_built(op) for o, op in enumerate(edge._ops) if o not in others]
-            if ops != built[wave.stride]:
-                return "an edge that is not built as the others"
-    return None
+    parts = list(block.modules())
+    try:
+        return (
+            signature(block, cell.norm) == reference
+            and all(map(is_plain, parts))
+            and not any(map(unfamiliar, set(map(type, parts))))
+            and all(part.training == cell.training for part in parts if type(part) is cell.norm)
+        )
+    except (
+        AttributeError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # attributes that cannot be compared
+        return False
 
 
-def _built(op):
-    """Everything of the modules of an operation but their tensors."""
-    return [
-        (type(m), list(m._modules), {k: v for k, v in vars(m).items() if k[0] != "_"},
-         [p is None or p.shape for p in (*m._parameters.values(), *m._buffers.values())])
-        for m in op.modules()
-    ]  # fmt: skip
+def signature(block, norm=nn.BatchNorm2d):
+    """Of each module in a block: its type, the names of its children, its settings, shapes."""
+    result = []
+    for part in block.modules():
+        if type(part) is norm:
+            kind = nn.BatchNorm2d
+            names = "num_features", "eps", "momentum", "affine", "track_running_stats"
+            settings = {name: getattr(part, name) for name in names}
+        else:
+            kind = type(part)
+            settings = {
+                name: value for name, value in vars(part).items()
+                if name[0] != "_" and name not in ("training", *TENSORS)
+            }  # fmt: skip
+        tensors = [getattr(part, name, None) for name in TENSORS]
+        shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+        result.append((kind, list(part._modules), settings, shapes))
+    return result
 
 
-def functions_of(c):
-    """{name: function} of what a class itself holds."""
-    return {name: value for name, value in vars(c).items() if inspect.isroutine(value)}
+@functools.cache
+def fresh(kind, *sizes):
+    """The signature of a fresh block of our own types. Random numbers stay as they are."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        if kind is SepConv:  # c, k, stride
+            c, k, stride = sizes
+            return signature(SepConv(c, c, k, stride, k // 2, affine=False))
+        if kind is DilConv:
+            c, k, stride = sizes
+            return signature(DilConv(c, c, k, stride, 2 * (k // 2), 2, affine=False))
+        if kind is FactorizedReduce:  # channels in and out
+            return signature(FactorizedReduce(*sizes, affine=False))
+        if kind is ReLUConvBN:
+            return signature(ReLUConvBN(*sizes, 1, 1, 0, affine=False))
+        if kind is nn.BatchNorm2d:
+            return signature(nn.BatchNorm2d(*sizes, affine=False))
+        return signature(Zero(*sizes) if kind is Zero else Identity())
 
 
 if __name__ == "__main__":
@@ -145,4 +168,4 @@ if __name__ == "__main__":
 
     names = "ReLUConvBN FactorizedReduce SepConv DilConv Identity Zero".split()
     for c in (model_search.MixedOp, model_search.Cell, *(getattr(operations, n) for n in names)):
-        print(f'    "{c.__name__}": "{digest(functions_of(c))}",')
+        print(f'    "{c.__name__}": "{digest(c)}",')

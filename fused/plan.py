@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fused.functions import MOMENTUM
-from fused.known import FOREIGN, hooks, strange, unfamiliar
-from operations import DilConv, FactorizedReduce, Identity, SepConv, Zero
+from fused.known import FOREIGN, fresh, hooks, is_as_made, is_plain, signature, unfamiliar
+from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 
 
 def edges_by_source(steps):
@@ -71,28 +71,28 @@ class Plan:
     """
 
     def __init__(self, cell):
-        self.owner = cell._modules
-        order = edges_by_source(cell._steps)
-        parts = [*cell.preprocess0.modules(), *cell.preprocess1.modules(), cell._ops, *cell._ops]
-        types = dict.fromkeys(map(type, (cell, *parts)))
+        edges = list(cell._ops)
+        self.owner, self.settings = cell._modules, _settings(cell)
+        types = dict.fromkeys(map(type, (cell, *edges)))
         self.why = next((why for kind in types if (why := unfamiliar(kind))), None)
+        blocks, parts = [cell.preprocess0, cell.preprocess1], [cell._ops, *edges]
         if self.why is None:
+            parts += [edge._ops for edge in edges]
+            self.why = _why(cell, blocks, parts)
+        if self.why is None:
+            order = edges_by_source(cell._steps)
             self.waves, first = (), 0
             for w, (S, T) in enumerate(sources_and_targets(cell._steps)):
                 stride = 2 if cell.reduction and w == 0 else 1
                 self.waves += (Wave(S, T, stride, first, tuple(order[first : first + S * T])),)
                 first += S * T
             self.ops = [cell._ops[e]._ops for e in order]
-            self.kinds = _kinds(self.ops[0], self.ops[-1], cell.reduction)
-            for edge in cell._ops:
-                parts.append(edge._ops)
-                for o, op in enumerate(edge._ops):
-                    if o not in self.kinds.others:
-                        parts += op.modules()
-            self.why = strange(cell, self, parts)
-        self._keep(cell, parts)
-        if self.why is None:
+            strides = [wave.stride for wave in self.waves for _ in wave.edges]
+            self.kinds = _kinds(list(zip(*self.ops, strict=True)), strides, cell)
+            own = {SepConv, DilConv, FactorizedReduce, Identity, Zero, nn.Sequential}
+            blocks += [op for edge in self.ops for op in edge if type(op) in own]
             self._read()
+        self._keep(cell, parts + [part for block in blocks for part in block.modules()])
 
     def __reduce__(self):
         """None takes its place in a copy, whose modules are others."""
@@ -104,11 +104,8 @@ class Plan:
         classes = dict.fromkeys(c for kind in {type(cell), *self.types} for c in kind.__mro__)
         self.live = [vars(c) for c in classes if not c.__module__.startswith(FOREIGN)]
         self.live += hooks(vars(torch_module), "_global")
-        for part in (cell, *parts):
-            self.live += [part._modules, *hooks(vars(part))]
-        # Of tensors only whether they are there: their values may change.
-        attributes = (vars(part) for part in parts)
-        self.live += [d for d in attributes if not any(map(torch.is_tensor, d.values()))]
+        for part in parts:
+            self.live += [vars(part), part._modules, *hooks(vars(part))]
         self.kept = [dict(values) for values in self.live]
         self.tensors = [d for part in parts for d in (part._parameters, part._buffers)]
         self.absent = self._absent()
@@ -118,12 +115,16 @@ class Plan:
 
     def holds(self, cell):
         """Whether the modules of the cell are those that it was made for, and as they were."""
-        return (
-            self.owner is cell._modules
-            and self.live == self.kept
-            and list(map(type, self.parts)) == self.types
-            and self._absent() == self.absent
-        )
+        try:
+            return (
+                self.owner is cell._modules
+                and self.settings == _settings(cell)
+                and self.live == self.kept
+                and list(map(type, self.parts)) == self.types
+                and self._absent() == self.absent
+            )
+        except (RuntimeError, ValueError, TypeError):  # attributes that cannot be compared
+            return False
 
     def _read(self):
         """The lists of modules by source."""
@@ -252,46 +253,83 @@ class Plan:
         torch._foreach_add_([n.num_batches_tracked for n in self.norms], 1)
 
 
-def _kinds(first, last, reduction):
-    """Read off the operations of the first edge and of the last."""
+def _settings(cell):
+    """The attributes of a cell that it reads."""
+    return cell._steps, cell._multiplier, cell.reduction, cell.sampling, cell.norm
 
-    def kind(*types):
-        """Places whose op is of these types on both edges, and whose norms learn nothing."""
-        pairs = enumerate(zip(first, last, strict=True))
-        return tuple(
-            o
-            for o, pair in pairs
-            if tuple(map(type, pair)) in types
-            and not any(getattr(part, "affine", False) for op in pair for part in op.modules())
-        )
 
-    def keeps_size(op, dilation):
-        """Whether its k x k convolutions, k odd, have this dilation and keep the size."""
-        convs = [m for m in op.op if isinstance(m, nn.Conv2d) and m.groups > 1]
-        return all(
-            conv.kernel_size == (k, k)
-            and k % 2
-            and conv.dilation == (dilation, dilation)
-            and conv.padding == (dilation * (k // 2),) * 2
-            for conv in convs
-            for k in conv.kernel_size[:1]
-        )
+def _why(cell, blocks, parts):
+    """None, or in a few words what of a cell, but for its operations, is not as it was made.
 
-    def is_pool(op):
-        return len(op) == 2 and type(op[0]) in (nn.MaxPool2d, nn.AvgPool2d)
+    blocks: its preprocess. parts: its edges, and the lists of modules.
+    """
+    if any(hooks(vars(torch_module), "_global")):
+        return "hooks of all modules"
+    for part in parts:
+        if not is_plain(part):
+            return f"hooks, or a function, of one {type(part).__name__}"
+    edges = list(cell._ops)
+    if len(edges) != sum(2 + j for j in range(cell._steps)) or {len(e._ops) for e in edges} != {
+        len(edges[0]._ops)
+    }:
+        return "edges or operations that are missing"
+    strides = [
+        2 if cell.reduction and i < 2 else 1 for j in range(cell._steps) for i in range(2 + j)
+    ]
+    for edge, stride in zip(edges, strides, strict=True):
+        if (edge.k, edge.stride, edge.sampling) != (edges[0].k, stride, cell.sampling):
+            return f"an edge with k={edge.k}, stride={edge.stride}, sampling={edge.sampling}"
+    for block in blocks:
+        if type(block) is ReLUConvBN:
+            weight = getattr(block.op[1], "weight", None) if len(block.op) > 1 else None
+            sizes = None if weight is None else (weight.shape[1], weight.shape[0])
+        elif type(block) is FactorizedReduce:
+            weight = getattr(block.conv_1, "weight", None)
+            sizes = None if weight is None else (weight.shape[1], 2 * weight.shape[0])
+        else:
+            return f"the preprocess {type(block).__name__}"
+        if sizes is None or not is_as_made(block, fresh(type(block), *sizes), cell):
+            return f"a changed preprocess {type(block).__name__}"
+    return None
 
-    def is_norm(op):
-        return isinstance(op[1], nn.modules.batchnorm._BatchNorm)
 
-    seps = tuple(o for o in kind((SepConv, SepConv)) if keeps_size(last[o], 1))
-    dils = tuple(o for o in kind((DilConv, DilConv)) if keeps_size(last[o], 2))
-    sequences = kind((nn.Sequential, nn.Sequential))
-    pools = tuple(o for o in sequences if is_pool(last[o]) and is_norm(last[o]))
-    halves = kind((FactorizedReduce, Identity))
-    skips = halves if reduction else kind((Identity, Identity))
-    batched = seps + dils + pools + skips + kind((Zero, Zero))
-    others = tuple(o for o in range(len(last)) if o not in batched)
-    return Kinds(seps, dils, pools, halves, skips, others, len(last))
+def _kinds(candidates, strides, cell):
+    """Which of the operations have a batched form: those that are on all edges as they were made.
+
+    candidates: of each place in primitives the operations of all edges.
+    """
+    c = cell.preprocess1.op[1].weight.shape[0] // cell._ops[0].k
+    places = {"seps": [], "dils": [], "pools": [], "skips": [], "zeros": [], "others": []}
+    for o, ops in enumerate(candidates):
+        pools, kind = {}, None
+        for op, stride in zip(ops, strides, strict=True):
+            try:
+                its = _kind(op, stride, c, cell, pools)
+            except (AttributeError, IndexError, TypeError):  # where something is not there
+                its = "others"
+            kind = its if kind in (None, its) else "others"
+        places[kind].append(o)
+    seps, dils, pools, skips, _, others = (tuple(found) for found in places.values())
+    return Kinds(seps, dils, pools, skips if 2 in strides else (), skips, others, len(candidates))
+
+
+def _kind(op, stride, c, cell, pools):
+    """The name in `places` of an operation; pools: {stride: signature of the first pool}."""
+    kind = type(op)
+    if kind in (SepConv, DilConv):
+        k = op.op[1].kernel_size[0]
+        name, reference = "seps" if kind is SepConv else "dils", fresh(kind, c, k, stride)
+        return name if k % 2 and is_as_made(op, reference, cell) else "others"
+    if kind is nn.Sequential and type(op[0]) in (nn.MaxPool2d, nn.AvgPool2d):
+        first = pools.setdefault(stride, signature(op[0]))
+        known = is_as_made(op[0], first, cell) and len(op) == 2 and is_plain(op)
+        return "pools" if known and is_as_made(op[1], fresh(nn.BatchNorm2d, c), cell) else "others"
+    if kind is (FactorizedReduce if stride == 2 else Identity):
+        sizes = (c, c) if stride == 2 else ()
+        return "skips" if is_as_made(op, fresh(kind, *sizes), cell) else "others"
+    if kind is Zero:
+        return "zeros" if is_as_made(op, fresh(kind, stride), cell) else "others"
+    return "others"
 
 
 @functools.cache
