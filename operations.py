@@ -122,6 +122,16 @@ class FactorizedReduce(nn.Module):
         return self.bn(torch.cat(halves, dim=1))
 
 
+class StemConv(nn.Conv2d):
+    """A convolution whose weight has a contiguous gradient, whatever the memory format of x.
+
+    DARTS's second-order step takes all of them as flat views.
+    """
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.flatten().view(self.weight.shape), self.bias)
+
+
 def stem(kind, C):
     """{name: module} of what stands before the cells: C channels of images (N, 3, H, W).
 
@@ -130,7 +140,7 @@ def stem(kind, C):
     """
 
     def conv(C_in, C_out, size=3, stride=2):
-        return nn.Conv2d(C_in, C_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(C_out)
+        return StemConv(C_in, C_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(C_out)
 
     if kind == "cifar":
         return {"stem": nn.Sequential(*conv(3, C, stride=1))}

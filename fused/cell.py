@@ -71,7 +71,8 @@ def shared(make, key, *tensors):
     """make(), kept on the first of the tensors that it is made of, for the other cells."""
     if _scope.name is None or is_checkpointed():
         return make()
-    key = _scope.name, torch.is_grad_enabled(), key, *tensors[1:]
+    versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    key = _scope.name, torch.is_grad_enabled(), *versions, key, *tensors[1:]
     kept = getattr(tensors[0], "_fused", None)
     if kept is None or any(mine is not its for mine, its in zip(key, kept[0], strict=True)):
         kept = tensors[0]._fused = key, make()
@@ -151,10 +152,20 @@ class FastForward:
         return plan
 
     def _fits(self, weights, betas):
-        """Whether they are what the equations have: matrix and vector, in the type of the cell."""
+        """Whether they are what the equations have: matrix and vector, in the type of the cell.
+
+        Not in float16, in which the sums over all pixels are too large.
+        """
         sizes = (len(self._ops), len(self._ops[0]._ops)), (len(self._ops),)
-        dtypes = {self.preprocess1.op[1].weight.dtype, weights.dtype, betas.dtype}
-        return (weights.shape, betas.shape) == sizes and len(dtypes) == 1
+        dtypes, device = {weights.dtype, betas.dtype}, weights.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+        if torch.float16 in dtypes or weights.dtype != betas.dtype:
+            return False
+        return (weights.shape, betas.shape) == sizes and weights.dtype == self._dtype()
+
+    def _dtype(self):
+        return self.preprocess1.op[1].weight.dtype
 
     def _fraction(self, x):
         """Of all images those of this process, where statistics are taken over all processes."""
@@ -179,7 +190,7 @@ class FastForward:
         states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
         c = states[0].shape[1] // k
         kernels = plan.kernels()
-        eye = identity(c, self.preprocess1.op[1].weight.dtype, s1.device)
+        eye = identity(c, self._dtype(), s1.device)
         if self.training:
             statistics = [Moments(self._fraction(s1), self.total)] * len(waves)
         else:

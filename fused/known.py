@@ -107,9 +107,13 @@ def is_as_made(block, reference, cell):
     reference: what `signature` gives for a fresh one. Its norms must be in the mode of the cell.
     """
     parts = list(block.modules())
+    tensors = [
+        tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.is_floating_point()
+    ]
     try:
         return (
             signature(block, cell.norm) == reference
+            and {tensor.dtype for tensor in tensors} <= {cell.preprocess1.op[1].weight.dtype}
             and all(map(is_plain, parts))
             and not any(map(unfamiliar, set(map(type, parts))))
             and all(part.training == cell.training for part in parts if type(part) is cell.norm)

@@ -91,8 +91,16 @@ class Plan:
             self.kinds = _kinds(list(zip(*self.ops, strict=True)), strides, cell)
             own = {SepConv, DilConv, FactorizedReduce, Identity, Zero, nn.Sequential}
             blocks += [op for edge in self.ops for op in edge if type(op) in own]
+            used = [
+                part for o in self._batched() for edge in self.ops for part in edge[o].modules()
+            ]
+            if len(used) > len(set(used)):
+                self.why = "modules that edges share"
             self._read()
         self._keep(cell, parts + [part for block in blocks for part in block.modules()])
+
+    def _batched(self):
+        return [o for o in range(self.kinds.n) if o not in self.kinds.others]
 
     def __reduce__(self):
         """None takes its place in a copy, whose modules are others."""
@@ -108,10 +116,11 @@ class Plan:
             self.live += [vars(part), part._modules, *hooks(vars(part))]
         self.kept = [dict(values) for values in self.live]
         self.tensors = [d for part in parts for d in (part._parameters, part._buffers)]
-        self.absent = self._absent()
+        self.dtypes = self._dtypes()
 
-    def _absent(self):
-        return [value is None for values in self.tensors for value in values.values()]
+    def _dtypes(self):
+        """Of all parameters and buffers; None where there is none."""
+        return [v if v is None else v.dtype for values in self.tensors for v in values.values()]
 
     def holds(self, cell):
         """Whether the modules of the cell are those that it was made for, and as they were."""
@@ -121,7 +130,7 @@ class Plan:
                 and self.settings == _settings(cell)
                 and self.live == self.kept
                 and list(map(type, self.parts)) == self.types
-                and self._absent() == self.absent
+                and self._dtypes() == self.dtypes
             )
         except (RuntimeError, ValueError, TypeError):  # attributes that cannot be compared
             return False
@@ -263,6 +272,8 @@ def _why(cell, blocks, parts):
 
     blocks: its preprocess. parts: its edges, and the lists of modules.
     """
+    if cell.sampling not in ("shuffle", "shift", "random"):
+        return f"sampling={cell.sampling}"
     if any(hooks(vars(torch_module), "_global")):
         return "hooks of all modules"
     for part in parts:

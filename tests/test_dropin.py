@@ -584,6 +584,9 @@ CHANGES = {
     "no counts": lambda network: [
         setattr(norm, "num_batches_tracked", None) for norm in norms(network)
     ],
+    "an operation that two edges share": lambda network: network.cells[0]._ops[1]._ops.__setitem__(
+        4, network.cells[0]._ops[0]._ops[4]
+    ),
     "rotation of the first cell": lambda network: setattr(network.cells[0], "sampling", "shift"),
     "statistics": lambda network: [
         setattr(norm, name, None)
@@ -668,6 +671,40 @@ def test_weights_in_other_forms(form):
     torch.testing.assert_close(
         fast(x, x, *form(weights, betas)), paper(x, x, *form(weights, betas))
     )
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet", "resnet"])
+def test_gradients_are_flat_views_as_the_released_architect_takes_them(stem):
+    network = Network(8, 3, 4, nn.CrossEntropyLoss(), stem=stem)
+    loss = network._loss(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
+    for gradient in torch.autograd.grad(loss, list(network.parameters())):
+        gradient.view(-1)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_half_precision_does_not_overflow(amp):
+    """The sums over all pixels would; norms in float32 beside the rest in bfloat16 work, too."""
+    network = Network(8, 3, 3, nn.CrossEntropyLoss())
+    images = torch.randn(96, 3, 32, 32)
+    if amp:
+        with torch.autocast("cpu", torch.float16):
+            out = network(images)
+    else:
+        out = network.half()(images.half())
+    assert out.isfinite().all()
+
+
+def test_norms_in_float32_beside_bfloat16():
+    fast, plain = build().float(), build(fused=False).float()
+    plain.load_state_dict(fast.state_dict())
+    images = torch.randn(4, 3, 16, 16, dtype=torch.bfloat16)
+    for network in (fast, plain):
+        network.bfloat16()
+        for norm in norms(network):
+            norm.float()
+    rounding = dict(rtol=0.02, atol=1e-3)  # bfloat16 has 8 bits
+    torch.testing.assert_close(fast(images), plain(images), **rounding)
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict(), **rounding)
 
 
 def test_nothing_is_kept_from_one_call_of_a_cell_to_the_next():
