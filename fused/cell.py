@@ -138,6 +138,10 @@ class FastForward:
     norm = nn.BatchNorm2d  # the type of the cell's norms
     _plans = None, None  # in evaluation, in training
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._plan()  # now, not in the first forward
+
     def is_fast(self):
         """Whether a forward now would be the fast one."""
         return self._plan().why is None

@@ -602,7 +602,7 @@ def test_what_is_done_to_the_modules_of_a_network_is_what_runs(change):
     torch.manual_seed(0)
     fast, plain = build(), build(fused=False)
     plain.load_state_dict(fast.state_dict())
-    x, y = torch.randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 0])
+    x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
     fast.load_state_dict(plain.state_dict())
     before = [fast(x), plain(x)]
     torch.testing.assert_close(*before)
@@ -784,7 +784,7 @@ def test_weights_are_read_anew_each_time():
     torch.manual_seed(0)
     fast, plain = build(), build(fused=False)
     plain.load_state_dict(fast.state_dict())
-    x, y = torch.randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 0])
+    x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
     fast(x), plain(x)
 
     def initialize(module):
@@ -823,7 +823,7 @@ def test_statistics_that_differ_between_edges_are_those_of_each_edge():
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     plain.load_state_dict(fast.state_dict())
-    x, y = torch.randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 0])
+    x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
     results = []
     for network in (fast, plain):
         network.eval()._loss(x, y).backward()
