@@ -151,8 +151,6 @@ class FastForward:
         if plan is None or not plan.holds(self):
             plan, other = Plan(self), self._plans[not self.training]
             self._plans = (other, plan) if self.training else (plan, other)
-            if plan.why is not None:
-                say(plan.why)
         return plan
 
     def _fits(self, weights, betas):
@@ -184,6 +182,8 @@ class FastForward:
         weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
         """
         plan = None if is_transformed(s0, s1, weights, betas) else self._plan()
+        if plan is not None and plan.why is not None:
+            say(plan.why)
         if plan is None or plan.why is not None or not self._fits(weights, betas):
             return super().forward(s0, s1, weights, betas)
         kinds, waves, k = plan.kinds, plan.waves, self._ops[0].k

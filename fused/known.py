@@ -52,21 +52,28 @@ def _of_python(name, value):
 
 def _is_known(name, attributes):
     """Whether a class holds nothing but the functions with these texts."""
-    codes = {key: getattr(value, "__code__", None) for key, value in attributes.items()}
-    return None not in codes.values() and _digest(tuple(codes.items())) == WRITTEN_FOR.get(name)
+    functions = all(hasattr(value, "__code__") for value in attributes.values())
+    return functions and _digest(_codes(attributes)) == WRITTEN_FOR.get(name)
 
 
 def digest(c):
     """Of the texts of a class's functions, as they are; comments and docstrings do not count."""
-    functions = {name: value for name, value in vars(c).items() if inspect.isroutine(value)}
-    return _digest(tuple((name, value.__code__) for name, value in functions.items()))
+    return _digest(_codes({key: v for key, v in vars(c).items() if inspect.isroutine(v)}))
+
+
+def _codes(functions):
+    """((name, code, defaults), ...): functions in which these are equal have the same text."""
+    return tuple(
+        (name, function.__code__, repr((function.__defaults__, function.__kwdefaults__)))
+        for name, function in sorted(functions.items())
+    )
 
 
 @functools.cache
 def _digest(codes):
-    """Of ((name, code), ...); None where one has no text."""
+    """None where one has no text."""
     try:
-        texts = [f"{name}: {_text(code)}" for name, code in sorted(codes, key=lambda pair: pair[0])]
+        texts = [f"{name}: {_text(code)}" for name, code, _ in codes]
     except OSError:
         return None
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
