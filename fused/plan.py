@@ -13,7 +13,16 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fused.functions import MOMENTUM
-from fused.known import FOREIGN, fresh, hooks, is_as_made, is_plain, signature, unfamiliar
+from fused.known import (
+    AT_FIRST,
+    fresh,
+    functions_of_torch,
+    hooks,
+    is_as_made,
+    is_plain,
+    signature,
+    unfamiliar,
+)
 from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 
 
@@ -110,7 +119,7 @@ class Plan:
         """What it is of the modules that must stay as it is for the plan to hold."""
         self.parts, self.types = parts, [type(part) for part in parts]
         classes = dict.fromkeys(c for kind in {type(cell), *self.types} for c in kind.__mro__)
-        self.live = [vars(c) for c in classes if not c.__module__.startswith(FOREIGN)]
+        self.live = [vars(c) for c in classes]
         self.live += hooks(vars(torch_module), "_global")
         for part in parts:
             self.live += [vars(part), part._modules, *hooks(vars(part))]
@@ -276,6 +285,8 @@ def _why(cell, blocks, parts):
         return f"sampling={cell.sampling}"
     if any(hooks(vars(torch_module), "_global")):
         return "hooks of all modules"
+    if functions_of_torch() != AT_FIRST:
+        return "changed functions of torch.nn"
     for part in parts:
         if not is_plain(part):
             return f"hooks, or a function, of one {type(part).__name__}"

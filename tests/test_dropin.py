@@ -402,6 +402,19 @@ def test_what_is_wrapped_around_a_forward_is_seen(monkeypatch):
     assert network.cells[0].is_fast()
 
 
+def test_what_is_wrapped_around_a_forward_of_torch_is_seen(monkeypatch):
+    network, plain = build(), build(fused=False)
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 16, 16).double()
+    forward = nn.Conv2d.forward
+    torch.testing.assert_close(network(images), plain(images))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * forward(self, x))
+        torch.testing.assert_close(network(images), plain(images))
+        assert not network.cells[0].is_fast()
+    assert network.cells[0].is_fast()
+
+
 def test_other_functions_in_the_place_of_those_that_a_cell_calls(monkeypatch, said):
     """The texts of the classes are the same; the figures are not."""
     monkeypatch.setattr(model_search, "channel_shuffle", lambda x, groups: x.flip(1))
