@@ -10,11 +10,13 @@ def by_edge(state, model):
     Earlier versions kept the weights of a fast cell stacked, those of all edges in one tensor.
     Any other state is returned as it is.
     """
-    if not any(isinstance(module, FastForward) for module in model.modules()):
-        return state
     groups, weights = state["param_groups"], list(model.parameters())
-    stacks = [stack for module in model.children() for stack in _stacks(module)]
-    if len(groups) != 1 or not len(groups[0]["params"]) == len(stacks) != len(weights):
+    cells = [module for module in model.modules() if isinstance(module, FastForward)]
+    plans = {cell: Plan(cell) for cell in cells}
+    if len(groups) != 1 or not cells or any(plan.why for plan in plans.values()):
+        return state
+    stacks = [stack for module in model.children() for stack in _stacks(module, plans)]
+    if not len(groups[0]["params"]) == len(stacks) != len(weights):
         return state
     place = {id(weight): i for i, weight in enumerate(weights)}
     entries = {}
@@ -28,14 +30,14 @@ def by_edge(state, model):
     return {"state": {i: entry for i, entry in entries.items() if entry}, "param_groups": groups}
 
 
-def _stacks(module):
+def _stacks(module, plans):
     """The weights of a module in the order of that time, as lists: each was one tensor."""
-    if not isinstance(module, FastForward):
+    if module not in plans:
         yield from ([weight] for weight in module.parameters(recurse=False))
         for child in module.children():
-            yield from _stacks(child)
+            yield from _stacks(child, plans)
         return
-    plan = Plan(module)
+    plan = plans[module]
     kinds, ops = plan.kinds, plan.ops
     for block in (module.preprocess0, module.preprocess1):
         yield from ([weight] for weight in block.parameters())

@@ -301,9 +301,9 @@ def load_checkpoint(folder, log):
         if state.get("format") != FORMAT:
             raise UserError(f"{path} is of another version of this code: use that one")
         if path.name == PREVIOUS:
-            log.info("going on from the one before, %s", path)
             if distributed.is_main():  # or it would take the place of the one before
                 (folder / CHECKPOINT).unlink(missing_ok=True)
+            log.info("going on from the one before, %s", path)
         return state
     if failed:
         raise UserError(f"no checkpoint in {folder} can be used: begin a new run")

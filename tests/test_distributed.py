@@ -74,6 +74,7 @@ def search(synchronized, unrolled, sizes):
     network = Network(8, 5, 3, criterion, k=2, stem="imagenet").double().train()
     if synchronized:
         network = distributed.synchronized(network, CPU)
+        assert all(cell.is_fast() and not cell._plan().kinds.others for cell in network.cells)
     else:
         network.eval()  # norms by running statistics: no batch counts
     optimizer = torch.optim.SGD(network.weights(), 0.1, 0.9)
