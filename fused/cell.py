@@ -33,6 +33,7 @@ from fused.functions import (
     Moments,
     NormReLUDepthwise,
     NormSum,
+    WidePools,
     factorized_kernel,
     halve,
     identity,
@@ -252,7 +253,9 @@ class FastForward:
                 hs[0] = norm_relu_depthwise(*statistics[0], first, Q, kernel)
 
         def pools(x):
-            return [pool(x) for pool in plan.pool_ops[w]]
+            few = x.device.type == "cpu" and x.shape[1] < 16 and layout(x) == torch.channels_last
+            pools = plan.pool_ops[w]
+            return [WidePools.apply(x, pools)] if few and pools else [pool(x) for pool in pools]
 
         def remake(x, *kept):
             """What NormSum reads anew, for its backward pass."""

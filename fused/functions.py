@@ -17,8 +17,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 EPS, MOMENTUM = 1e-5, 0.1  # of every batch norm: PyTorch's defaults
+SLOW_BIAS = 2**22  # bytes of a map from which on a sum is faster than the gradient of a bias
 
 
 def layout(x):
@@ -74,8 +76,8 @@ def _sums(g, h, c):
     """The sums over all pixels of g h^T, (G, c, c), and of g, (G, c, 1), for every block."""
     G = h.shape[1] // c
     n = _blocks_per_group(G, c)
-    # They are the gradients of a 1x1 convolution's kernel and bias. (oneDNN is slow at the second.)
-    small = ["bias"] if g.nbytes < 2**24 else []
+    # They are the gradients of a 1x1 convolution's kernel and bias.
+    small = ["bias"] if g.nbytes < SLOW_BIAS else []
     outer, *total = _conv_backward(
         ["weight", *small], g, h, _shape(h, G * c, n * c, 1, 1), groups=G // n
     )
@@ -112,7 +114,7 @@ class _Norm:
         outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
         self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
         minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
-        var = (self.P_outer * P).sum(2, keepdim=True).addcmul_(minus_mean, minus_mean, value=-1)
+        var = _dots(minus_mean.square(), self.P_outer, P, -1)
         var.clamp_min_(0)  # by rounding it can be below
         moments.append((minus_mean[:normed], var[:normed]))
         self.inv_std = (var + EPS).rsqrt_()
@@ -132,7 +134,7 @@ class _Norm:
         return dP, torch.bmm(self.A.mT, self.A * r), torch.bmm(self.A.mT, shift)
 
     def _terms(self, dA, db):
-        r = (dA * self.A).sum(2, keepdim=True).addcmul_(db, self.b)
+        r = _dots(db * self.b, dA, self.A)
         return r, torch.addcmul(db, r, self.b)
 
     def _everywhere(self, sums):
@@ -142,6 +144,12 @@ class _Norm:
     def add_input_gradient(self, dh, h, D, e):
         """dh - (D h + e) / m, in dh."""
         return dh.add_(_blockwise(h, D, e), alpha=-1 / self.pixels)
+
+
+def _dots(start, A, B, sign=1):
+    """sign * start + the products of rows of A and B, (G, c, c), as a column (G, c, 1)."""
+    rows, columns = A.reshape(-1, 1, A.shape[2]), B.reshape(-1, B.shape[2], 1)
+    return torch.baddbmm(start.view(-1, 1, 1), rows, columns, beta=sign).view(start.shape)
 
 
 def _joined(tensors, like):
@@ -204,12 +212,10 @@ class Depthwise(torch.autograd.Function):
 def _spread(x, weight):
     """Each of S groups of c channels R times: (N, S * c, H, W) to (N, S * R * c, H, W)."""
     S, R, c, _, _ = weight.shape
-    n, _, h, w = x.shape
     if layout(x) == torch.contiguous_format:
-        x = x.unflatten(1, (S, 1, c)).expand(n, S, R, c, h, w)
-        return x.reshape(n, S * R * c, h, w)
-    x = x.permute(0, 2, 3, 1).unflatten(3, (S, 1, c)).expand(n, h, w, S, R, c)
-    return x.reshape(n, h, w, S * R * c).permute(0, 3, 1, 2)
+        return torch.cat([x.unflatten(1, (S, c))] * R, 2).flatten(1, 2)
+    x = x.permute(0, 2, 3, 1).unflatten(3, (S, c))
+    return torch.cat([x] * R, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 def _depthwise(x, weight, dilation=1):
@@ -227,11 +233,20 @@ def _spread_weight_gradient(g, x, weight, dilation):
     S, R, c, k, _ = weight.shape
     if dilation > 1 and x.device.type == "cpu":  # oneDNN reads out of bounds there in bfloat16
         g, x = g.to(weight.dtype), x.to(weight.dtype)
+        h, w = x.shape[2:]
+        if dilation == 2 and w < 2 * k - 1 and h % 2 == w % 2 == 0:  # wider than x, it is slow
+            g, x, dilation = _every_second(g), _every_second(x), 1
     kernel, padding = _shape(x, S * R * c, c, k, k), [dilation * (k // 2)] * 2
     (dweight,) = _conv_backward(["weight"], g, x, kernel, S, padding, dilation)
     return (
         dweight.view(S, R, c, c, k, k).diagonal(dim1=2, dim2=3).permute(0, 1, 4, 2, 3).contiguous()
     )
+
+
+def _every_second(x):
+    """x (N, C, H, W) as the four maps that dilation 2 keeps apart: (4 N, C, H / 2, W / 2)."""
+    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 2, 4, 1)
+    return x.flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def _depthwise_weight_gradient(g, x, weight):
@@ -256,6 +271,56 @@ def _depthwise_weight_gradient(g, x, weight):
     odd = _conv_backward(["weight"], g, odd, kernel, 2 * C, (2, 0))
     columns = torch.stack(even + odd, 4).flatten(3)[..., :5]  # (2 C, 1, 5, 5)
     return (columns[:C] + columns[C:]).view(weight.shape)
+
+
+class WidePools(torch.autograd.Function):
+    """Max and average pools of x (N, C, H, W), one after the other: (N, n * C, h, w).
+
+    For few channels on a CPU: PyTorch's channels_last kernels run along the channels, and take ten
+    times as long with 4 as with 64. So the images lie side by side here, as the channels of one:
+    (1, N * C, H, W). What is kept are the places of the maxima.
+    """
+
+    @staticmethod
+    def forward(ctx, x, pools):
+        n, C, H, W = x.shape
+        wide = x.permute(2, 3, 0, 1).reshape(1, H, W, n * C).permute(0, 3, 1, 2)
+        outs, places = [], []
+        for pool in pools:
+            if isinstance(pool, nn.MaxPool2d):
+                out, its = F.max_pool2d(wide, *_window(pool), return_indices=True)
+                places.append(its.int())
+            else:
+                out = pool(wide)
+            outs.append(out.view(n, C, *out.shape[2:]).permute(0, 2, 3, 1))
+        ctx.save_for_backward(*places)
+        ctx.size, ctx.pools = x.shape, pools
+        return torch.stack(outs, 3).flatten(3).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_second_derivatives()
+        (n, C, H, W), places, dx = ctx.size, iter(ctx.saved_tensors), None
+        x = g.new_empty(1, H, W, n * C).permute(0, 3, 1, 2)
+        gs = g.unflatten(1, (-1, C)).permute(1, 3, 4, 0, 2).flatten(3)  # (pools, h, w, N * C)
+        gs = gs.unsqueeze(1).permute(0, 1, 4, 2, 3)
+        for pool, g in zip(ctx.pools, gs, strict=True):
+            if isinstance(pool, nn.MaxPool2d):
+                its = next(places).long()
+                g = torch.ops.aten.max_pool2d_with_indices_backward(g, x, *_window(pool), its)
+            else:
+                more = pool.count_include_pad, pool.divisor_override
+                g = torch.ops.aten.avg_pool2d_backward(g, x, *_window(pool), *more)
+            dx = g if dx is None else dx.add_(g)
+        dx = dx.permute(0, 2, 3, 1).view(H, W, n, C).permute(2, 3, 0, 1)
+        return dx.contiguous(memory_format=torch.channels_last), None
+
+
+def _window(pool):
+    """Kernel, stride, padding, of max pools dilation, and ceil_mode, in the order of aten's."""
+    names = ["kernel_size", "stride", "padding", "dilation"]
+    sizes = [getattr(pool, name) for name in names if hasattr(pool, name)]
+    return *([size, size] if isinstance(size, int) else size for size in sizes), pool.ceil_mode
 
 
 class HalvedMax(torch.autograd.Function):
@@ -359,17 +424,24 @@ class NormSum(torch.autograd.Function):
         g = g.contiguous(memory_format=layout(hs[0]))
         norm, (T, G) = ctx.norm, W.shape
         c = norm.A.shape[1]
-        parts = zip(hs, ctx.kernels, strict=True)
-        outer = [_conv_backward(["weight"], g, h, part)[0] for h, part in parts]
+        outer, total = [], None if g.nbytes < SLOW_BIAS else g.sum((0, 2, 3))
+        for h, part in zip(hs, ctx.kernels, strict=True):
+            if total is None:
+                its, total = _conv_backward(["weight", "bias"], g, h, part)
+            else:
+                (its,) = _conv_backward(["weight"], g, h, part)
+            outer.append(its)
         outer = torch.cat(outer, 1) if len(hs) > 1 else outer[0]
-        outer = outer.view(T, c, G, c).to(W.dtype)  # the sums of g h^T over pixels
-        total = g.sum((0, 2, 3)).view(T, c).to(W.dtype)
-        dA = (ctx.W_normed[:, None, :, None] * outer).sum(0).transpose(0, 1)  # (G, c, c)
+        total = total.view(T, c).to(W.dtype)
+        # The sums of g h^T over pixels: (G, T, c * c).
+        outer = outer.view(T, c, G, c).permute(2, 0, 1, 3).flatten(2).to(W.dtype)
+        dA = torch.bmm(ctx.W_normed.t().unsqueeze(1), outer).view(G, c, c)
         db = (ctx.W_normed.t() @ total).unsqueeze(2)
         dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[7])
         dW = None
         if ctx.needs_input_grad[6]:
-            dW = (outer * norm.A.transpose(0, 1)).sum((1, 3)).addmm_(total, norm.b.squeeze(2).t())
+            dW = torch.bmm(outer, norm.A.view(G, c * c, 1)).squeeze(2).t()
+            dW = dW.addmm(total, norm.b.squeeze(2).t())
         dhs, at = [], 0
         for h, part in zip(hs, ctx.kernels, strict=True):
             blocks = slice(at, at := at + h.shape[1] // c)
