@@ -151,7 +151,8 @@ class GenotypeError(ValueError):
 def check(genotype, ops=None):
     """The genotype in its normal form; raises GenotypeError where no network can be built from it.
 
-    ops: the names of the operations that exist, such as operations.OPS; None means KNOWN_OPS.
+    ops: the names of the operations that exist, such as operations.OPS; None means KNOWN_OPS, and
+    () any names, for who only draws.
     Normal form: edges a list of tuples, concat a range where it counts upwards by one, else a list.
     """
     if getattr(genotype, "_fields", None) != Genotype._fields:
@@ -288,7 +289,7 @@ def _check_cell(cell, edges, concat, ops):
         if not isinstance(edge, (list, tuple)) or len(edge) != 2 or not isinstance(edge[0], str):
             raise GenotypeError(f"{where} is {_short(edge)}; give ('op', input)")
         op, node = edge
-        if op not in ops:
+        if ops and op not in ops:
             hint = f"{_nearest(op, ops)} (known: {', '.join(ops)})"
             raise GenotypeError(f"{where}: unknown op {_short(op)}{hint}")
         if isinstance(node, numbers.Integral) and not isinstance(node, int):

@@ -261,6 +261,9 @@ class Network(nn.Module):
                 if len(skips) <= max_skip:
                     break
                 o = self.primitives.index("skip_connect")
+                skips = [edge for edge in skips if alphas[edge, o] > 0]
+                if not skips:  # there is no other operation to take
+                    break
                 alphas[min(skips, key=lambda edge: alphas[edge, o]), o] = 0
                 gene = self._derive(alphas * betas[:, None])
             cells.append(list(gene.values()))

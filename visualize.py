@@ -7,6 +7,7 @@
 Needs matplotlib: pip install -r requirements-viz.txt. --dot needs nothing.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def get_args():
 
 def main(args):
     folders = [Path(what) for what in args.what]
-    are_runs = [(folder / "args.json").is_file() for folder in folders]
+    are_runs = [os.path.isfile(folder / "args.json") for folder in folders]  # a text is none
     out = None if args.out is None else files.expanded(args.out)
     if len(folders) > 1 and not all(are_runs):
         what = folders[are_runs.index(False)]
@@ -43,7 +44,7 @@ def main(args):
             print(drawing.save(figure, (out or Path()) / f"tas-network.{args.format or 'png'}"))
             return
         with utils.user_errors(genotypes.GenotypeError):
-            genotype = genotypes.load(args.what[0])
+            genotype = genotypes.load(args.what[0], ops=())
         if args.dot:
             print(drawing.dot(genotype))
             return

@@ -171,7 +171,7 @@ def animate(run, path):
         )
     frames, places = [], {}
     for row in run.cells:
-        genotype = genotypes.from_json(json.dumps(row))
+        genotype = genotypes.from_json(json.dumps(row), ops=())
         text = genotypes.text(genotype)
         if text not in places:
             places[text] = [drawing.layout(*cell) for cell in drawing.cells(genotype).values()]

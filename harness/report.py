@@ -95,9 +95,9 @@ def read(folder):
         cells = [json.loads(line) for line in whole_lines(folder / "genotypes.jsonl")]
         genotype = None
         if (folder / "genotype.json").exists():
-            genotype = genotypes.load(folder)
+            genotype = genotypes.load(folder, ops=())
         elif cells:
-            genotype = genotypes.from_json(json.dumps(cells[-1]))
+            genotype = genotypes.from_json(json.dumps(cells[-1]), ops=())
     except (OSError, ValueError, TypeError) as error:
         raise utils.UserError(f"{folder} is damaged ({error}): mend or leave it out") from None
     return Record(folder, about, rows, cells, genotype)
@@ -234,7 +234,7 @@ def groups(runs):
         args = {name: value for name, value in run.about["args"].items() if name not in flags.FREE}
         for name in ("seed", "note", "form", "no_cuda_graph"):  # the same figures, but for speed
             args.pop(name, None)
-        if "/" in str(args.get("arch")) or str(args.get("arch")).startswith("search-"):
+        if any(part.startswith("search-") for part in Path(str(args.get("arch"))).parts):
             args["arch"] = "the cell of a search"
         key = json.dumps([run.about["script"], args, run.about.get("classes")], sort_keys=True)
         alike.setdefault(key, []).append(run)

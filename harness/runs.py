@@ -221,7 +221,7 @@ class Run:
             for name in [name for name in cell or () if name.startswith("softmax")]:
                 board.add_histogram(name, np.array(cell[name]), row["epoch"])
             if cell is not None:
-                genotype = genotypes.from_json(json.dumps(cell), OPS)
+                genotype = genotypes.from_json(json.dumps(cell), ops=())
                 for kind, figure in drawing.draw(genotype).items():
                     board.add_figure(f"{kind} cell", figure, row["epoch"])
             board.flush()
@@ -241,10 +241,13 @@ class Run:
         self.epoch_began = now
         due = self.report_every and (self.epoch % self.report_every == 0 or not left)
         if due and distributed.is_main():
-            if self.write_report is not None:
-                self.write_report(self.folder)
-            else:
-                report.write(report.read(self.folder), self.folder / "report.html")
+            try:
+                if self.write_report is not None:
+                    self.write_report(self.folder)
+                else:
+                    report.write(report.read(self.folder), self.folder / "report.html")
+            except utils.UserError as error:  # no reason to end the run
+                self.log.warning("no report.html: %s", error)
         if wish := distributed.agree(self.signal):
             self._stop(wish)
 

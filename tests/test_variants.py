@@ -218,6 +218,11 @@ def test_at_most_so_many_skip_connects():
     assert stays // 2 == 3 and network.genotype(1).normal[stays][1] == 4
 
 
+def test_max_skip_where_there_is_no_other_operation():
+    network = model_search.Network(16, 3, 3, None, primitives=["none", "skip_connect"])
+    assert genotypes.skip_connects(network.genotype(max_skip=2)) == (8, 8)
+
+
 def test_entropies():
     network = model_search.Network(16, 3, 3, None)
     for tensor in network.arch_parameters():

@@ -115,6 +115,22 @@ def run(*flags, cwd):
     )
 
 
+def test_a_genotype_as_text(tmp_path):
+    text = genotypes.text(genotypes.PC_DARTS_cifar)
+    assert run(text, "--dot", cwd=tmp_path).stdout == drawing.dot(genotypes.PC_DARTS_cifar) + "\n"
+
+
+def test_runs_with_operations_of_somebodys_own(tmp_path):
+    folder = a_search(tmp_path / "own", 4)
+    genotypes.save(genotypes.PC_DARTS_cifar, folder / "genotype.json")
+    for name in ("genotypes.jsonl", "genotype.json"):
+        (folder / name).write_text((folder / name).read_text().replace("sep_conv_3x3", "gate"))
+    done = run("own", "--animate", cwd=tmp_path)
+    assert done.returncode == 0 and (folder / "cells.gif").exists(), done.stderr
+    assert "gate" in run("own", "--dot", cwd=tmp_path).stdout
+    report.write(report.read(folder), folder / "report.html")
+
+
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_pictures_are_written_the_same_each_time(tmp_path, kind):
     (tmp_path / "mine.json").write_text(genotypes.to_json(ODD["one step"]))
@@ -262,6 +278,13 @@ def test_comparisons(tmp_path):
     assert search[:5] == ["a", "1", "4", "40.00", "4.0"] and "4 min" in search
     page = report.compare(runs, tmp_path / "comparison.html").read_text()
     assert len(pictures(page)) == 1 and "72.00 ± 2.83" in page
+
+
+def test_only_cells_of_searches_are_one_row(tmp_path):
+    archs = "cells/a.json", "cells/b.json", "search-1", "runs/search-2/genotype.json"
+    runs = [report.read(a_training(tmp_path / str(i), [60.0, 70.0], arch=arch, seed=i))
+            for i, arch in enumerate(archs)]  # fmt: skip
+    assert [len(alike) for alike in report.groups(runs)] == [1, 1, 2]
 
 
 def test_animation(tmp_path):
