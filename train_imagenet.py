@@ -58,10 +58,10 @@ def main(args):
         costs.multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)
     ]
     network.to(device)
+    images = distributed.on_one_device(args.batch_size, device, args), args.input_size
+    layout = tuning.choose_layout(network, images, args, device)  # before norms wait for others
     if args.sync_bn:
         network = distributed.synchronized(network, device)
-    images = distributed.part(args.batch_size), args.input_size
-    layout = tuning.choose_layout(network, images, args, device)
     model = distributed.wrap(network, device, args)
     criterion = nn.CrossEntropyLoss()
     smooth = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)

@@ -344,6 +344,11 @@ class Batches:
                 self.order = None  # before the last batch leaves: the next one is of a new epoch
             yield self._batch(index)
 
+    def smallest(self):
+        """The fewest images that a process has in a step of a training."""
+        fewest = len(self.labels) % self.batch_size or self.batch_size
+        return max(1, min(fewest, len(self.labels)) // distributed.world_size())
+
     def forever(self):
         """Batches without end, epoch after epoch."""
         while True:
@@ -369,9 +374,9 @@ class Batches:
             for high in (2 * pad + 1, 2 * pad + 1, 2, height, width):
                 draws.append(torch.randint(high, (size,), generator=self.generator))
         draws = torch.stack(draws)
-        if size >= distributed.world_size():  # else every process takes all of so few
+        if size >= distributed.world_size() or not self.shuffle:
             draws = draws[:, distributed.rank() :: distributed.world_size()]
-            size = draws.shape[1]
+            size = draws.shape[1]  # in evaluation perhaps none; of so few training takes all
         if self.device.type == "cuda":
             draws = draws.pin_memory()  # one copy that the host does not wait for
         index, *draws = draws.to(self.device, non_blocking=True).unbind()

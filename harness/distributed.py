@@ -1,5 +1,6 @@
 """Many processes: what `torchrun` starts, one per GPU. All of it works in a single process too."""
 
+import math
 import os
 import sys
 import warnings
@@ -227,6 +228,15 @@ def wrap(model, device, args):
             device_ids=[device] if device.type == "cuda" else None,
             find_unused_parameters=hasattr(model, "leaves_out_nodes") and model.leaves_out_nodes(),
         )
-    chosen = args.device is not None or args.gpu is not None
-    several = device.type == "cuda" and torch.cuda.device_count() > 1 and not chosen
-    return nn.DataParallel(model) if several else model
+    return nn.DataParallel(model) if replicas(device, args) > 1 else model
+
+
+def replicas(device, args):
+    """On how many GPUs DataParallel works for this process; 1 where it is not used."""
+    chosen = args.device is not None or args.gpu is not None or world_size() > 1
+    return max(1, torch.cuda.device_count()) if device.type == "cuda" and not chosen else 1
+
+
+def on_one_device(batch_size, device, args):
+    """How many images of a step one device works on."""
+    return math.ceil(part(batch_size) / replicas(device, args))

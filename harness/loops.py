@@ -175,9 +175,10 @@ def evaluate(loader, model, criterion, args, log, run=None):
     model.eval()
     figures = Figures("evaluate", loader, args.report_freq, log)
     for x, y in figures.steps():
-        logits = model(x)
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        figures.update(criterion(logits, y), logits, y)
+        if len(y):  # of a last batch a process may have nothing
+            logits = model(x)
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            figures.update(criterion(logits, y), logits, y)
         if run is not None:
             run.evaluating()
     return figures.result(loader.device)

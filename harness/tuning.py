@@ -27,6 +27,8 @@ def choose_layout(network, images, args, device, measure=None):
         kept = {name: about[name] for name in ("layout", "layout_ms") if name in about}
     elif device.type == "cuda" if measure is None else measure:
         seconds = distributed.on_main(lambda: layout_seconds(network, images, args, device))
+        if min(seconds.values()) == float("inf"):  # the training will say what to do
+            return {}
         kept = {"layout": min(seconds, key=seconds.get)}
         kept["layout_ms"] = {name: 1e3 * value for name, value in seconds.items()}
     else:
@@ -44,14 +46,20 @@ def introduce(log, layout):
 
 
 def layout_seconds(network, images, args, device, steps=5):
-    """{layout: seconds} of forward + backward, the fastest of `steps`, two before not counted."""
+    """{layout: seconds} of forward + backward, the fastest of `steps`, two before not counted.
+
+    Infinite where the memory of a GPU does not suffice.
+    """
     before, seconds = network.layout, dict.fromkeys(LAYOUTS, float("inf"))
     for step in range(2 + steps):
         for name, layout in LAYOUTS.items():
             network.layout = layout
             costs.wait(device)
             start = time.perf_counter()
-            _try_step(network, images, args, device)
+            try:
+                _try_step(network, images, args, device)
+            except torch.cuda.OutOfMemoryError:
+                continue
             costs.wait(device)
             if step >= 2:
                 seconds[name] = min(seconds[name], time.perf_counter() - start)

@@ -13,7 +13,7 @@ from torch import nn
 import genotypes
 from architect import Architect, search_step
 from fused import Gradients
-from harness import distributed, imagenet, loops
+from harness import data, distributed, imagenet, loops
 from model import NetworkImageNet
 from model_search import Network
 from test_imagenet import fill
@@ -256,3 +256,32 @@ def test_helpers_of_a_process_alone():
     assert distributed.total([1, 2.5], CPU) == [1, 2.5]
     assert distributed.share(3, CPU) == 1
     distributed.check_equal([torch.ones(1)], "alphas")
+
+
+def test_each_gpu_of_data_parallel_is_measured_with_its_own_images(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpu, free, chosen = (
+        torch.device("cuda"),
+        *(SimpleNamespace(device=None, gpu=g) for g in (None, 1)),
+    )
+    shares = [
+        distributed.on_one_device(8, *how) for how in ((gpu, free), (gpu, chosen), (CPU, free))
+    ]
+    assert shares == [3, 8, 8]
+
+
+def scored(images):
+    """How many images an evaluation in batches of 4 counts."""
+    noise = data.Images(torch.zeros(images, 8, 8, 3, dtype=torch.uint8), torch.arange(images) % 2)
+    about = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3, flip=False)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    loader = data.Batches(noise, about, 4, CPU)
+    figures = loops.evaluate(
+        loader, network, nn.CrossEntropyLoss(), SimpleNamespace(report_freq=1), RUN.log
+    )
+    assert figures["loss"] < 100
+    return figures["images"]
+
+
+def test_an_evaluation_counts_each_image_once():
+    assert in_processes(3, scored, 9) == [9, 9, 9]

@@ -65,7 +65,7 @@ def rows(folder):
 def cwd(tmp_path_factory):
     """A folder with photos in data/imagenet, fewer in few/, and a search of data: search-one-*."""
     cwd = tmp_path_factory.mktemp("imagenet")
-    fill(cwd / "data" / "imagenet" / "train", {"cat": 90, "dog": 80, "owl": 80})
+    fill(cwd / "data" / "imagenet" / "train", {"cat": 100, "dog": 90, "owl": 90})
     fill(cwd / "data" / "imagenet" / "val", {"cat": 3, "dog": 5, "owl": 3})
     fill(cwd / "few" / "imagenet" / "train", {"cat": 20, "dog": 19, "owl": 19})
     shutil.copytree(cwd / "data" / "imagenet" / "val", cwd / "few" / "imagenet" / "val")
@@ -86,7 +86,7 @@ def test_a_search(cwd):
         "checkpoint.prev.pt", "scripts", "weights.pt", "genotype.json", "split_train.txt",
         "split_val.txt",
     }  # fmt: skip
-    assert "25 images (8 to 9 of a class) for the weights, 6 (2 to 2) for alphas" in output
+    assert "28 images (9 to 10 of a class) for the weights, 6 (2 to 2) for alphas" in output
     assert [float(row["learning_rate"]) for row in rows(folder)] == pytest.approx([0.5, 0.25])
     assert [row["frozen"] for row in rows(folder)] == ["1", "0"]
     printed = [line for line in output.splitlines() if "genotype = " in line][-1]
@@ -213,6 +213,25 @@ def test_bfloat16_and_synchronized_norms_go_together(cwd):
     run(f"train_search_imagenet.py {SEARCH} {flags} --begin 0 --batch_size 2", cwd, 2)
     for folder in (only(cwd, "eval-amp-*"), only(cwd, "search-amp-*")):
         assert float(rows(folder)[0]["loss"]) < 100
+
+
+def test_the_layout_is_measured_before_norms_wait_for_other_processes(cwd, tmp_path):
+    """As on GPUs: with the measuring forced, of one process alone."""
+    program = (
+        f"import functools, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from harness import tuning\nimport train_imagenet\n"
+        "tuning.choose_layout = functools.partial(tuning.choose_layout, measure=True)\n"
+        "train_imagenet.main(train_imagenet.get_args())\n"
+    )
+    (tmp_path / "forced.py").write_text(program)
+    flags = f"{TRAIN} --epochs 1 --sync_bn --save forced"
+    process = start(f"{tmp_path / 'forced.py'} {flags}", cwd, 2)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and output.count("layout c") == 1, output
+    [folder] = cwd.glob("eval-forced-*")
+    assert set(json.loads((folder / "args.json").read_text())["layout_ms"]) == {
+        "contiguous", "channels_last"
+    }  # fmt: skip
 
 
 def test_a_resumed_search_reads_its_own_lists(cwd, tmp_path):
