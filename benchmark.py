@@ -167,7 +167,7 @@ def files(args):
         if not folder.is_dir():
             raise utils.UserError(f"--images {folder}: there is no such folder of classes")
         images = imagenet.read_files(folder, data.class_names(folder))
-        n, workers = min(64, len(images)), len(os.sched_getaffinity(0))
+        n, workers = min(64, len(images)), imagenet.cores()
         transforms = {
             "decode": lambda image: image,
             "decode, crop, flip (search)": imagenet.train_transform(224, False),

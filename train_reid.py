@@ -103,7 +103,6 @@ def main(args):
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         lr = scheduler.get_last_lr()[0]
         figures = loops.train_epoch(train, model, criterion, optimizer, args, run, forward)
-        scheduler.step()
         distributed.broadcast(network.buffers())
         tested = dict.fromkeys(("rank1", "rank5", "rank10", "rank20", "mAP"), math.nan)
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
@@ -111,6 +110,7 @@ def main(args):
             tested = last.figures
             log.info("%s", line("retrieval", tested))
         report(run, args, lr, figures, tested)
+        scheduler.step()  # after the retrieval, in which a signal may end the run
         run.epoch_done(tested=tested)
 
     found = {"": last or retrieve(network, people, args, device, run)}

@@ -194,12 +194,17 @@ def counts(files):
     return int(per_class.min()), int(per_class.max())
 
 
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _full(root):
     root = expanded(root)
     for folder in (root / "imagenet", root):
         if (folder / "train").is_dir():
             return folder
-    raise UserError(f"{root} has no imagenet/train folder: give another --tmp_data_dir")
+    raise UserError(f"{root} has no imagenet/train folder: give the folder that has one")
 
 
 def read_files(folder, classes):
@@ -235,18 +240,15 @@ class Loader:
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)
         )
-        cores = os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
-        workers = min(workers, cores)
+        workers = min(workers, cores())
         self.loader = DataLoader(
             files,
             batch_sampler=_Shares(self),
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_heed_the_parent,
+            worker_init_fn=heed_the_parent,
             generator=torch.Generator(),  # not the global one, which a run owns
         )
 
@@ -318,7 +320,7 @@ class _Shares:
                 yield list(zip(mine.tolist(), seeds[mine].tolist(), strict=True))
 
 
-def _heed_the_parent(worker):
+def heed_the_parent(worker):
     """Signals that end a run may reach all its processes; a worker ends when its parent says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -332,7 +334,8 @@ def _wait_for_the_parent(parent):
     os._exit(0)
 
 
-def _collate(samples):
+def collate(samples):
+    """A batch of samples, or the first UserError among them."""
     errors = [sample for sample in samples if isinstance(sample, UserError)]
     if errors:
         return errors[0]

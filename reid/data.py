@@ -23,7 +23,6 @@ from utils import UserError
 SETS = ("market1501", "dukemtmc", "msmt17", "digits")
 DIGITS = Path(__file__).parent.parent / "harness" / "digits.npz"
 CAMERAS = 3  # made up, for digits
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, customary here
 NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})\D.*")  # <pid>_c<camera>..., as 0002_c1s1_000451_03.jpg
 
 

@@ -1,6 +1,5 @@
 """Loaders: batches of P identities for the steps, and all images once for an evaluation."""
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +8,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from harness import data, distributed, imagenet
+from harness.imagenet import MEAN, STD
 from utils import UserError, user_errors
 
 from . import metrics
-from .data import MEAN, STD, decode
+from .data import decode
 from .rerank import rerank as reranked
 
 # Zhong et al., Random Erasing Data Augmentation, AAAI 2020; what is cut out is the mean colour.
@@ -37,15 +37,14 @@ class Samples(Dataset):
 
 def make(samples, workers, device, **how):
     """A DataLoader whose workers heed the signals of a run; none for images in memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers, cores or 1) if isinstance(samples.images, list) else 0
+    workers = min(workers, imagenet.cores()) if isinstance(samples.images, list) else 0
     return DataLoader(
         samples,
         num_workers=workers,
-        collate_fn=imagenet._collate,
+        collate_fn=imagenet.collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and "batch_sampler" in how,
-        worker_init_fn=imagenet._heed_the_parent,
+        worker_init_fn=imagenet.heed_the_parent,
         generator=torch.Generator(),  # not the global one, which a run owns
         **how,
     )

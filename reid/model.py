@@ -82,8 +82,8 @@ class ReIDNetwork(nn.Module):
         return (embeddings, logits) if self.training else embeddings
 
     def leaves_out_nodes(self):
-        """Whether a cell's output lacks some of its nodes, which may then learn nothing."""
-        return any(len(cell._concat) < len(cell._ops) // 2 for cell in self.cells)
+        """As model.DiscreteNetwork's."""
+        return any(cell.leaves_out_nodes() for cell in self.cells)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's; accepts a `module.` prefix."""

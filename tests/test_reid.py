@@ -755,6 +755,14 @@ def test_network(name):
         network(x[:, :, :112])
 
 
+def test_a_cell_that_never_reads_an_input_is_said_to_distributed_data_parallel():
+    whole = ReIDNetwork(4, 5, (1, 1), genotypes.REID_SEARCH, embedding=6)
+    assert not whole.leaves_out_nodes()
+    cell = [("sep_conv_3x3", 1), ("sep_conv_3x3", 1)] * 4
+    blind = genotypes.REID_SEARCH._replace(normal=cell, reduce=cell)
+    assert ReIDNetwork(4, 5, (1, 1), blind, embedding=6).leaves_out_nodes()
+
+
 def test_network_is_stem_cells_and_head_in_this_order():
     torch.manual_seed(0)
     network = ReIDNetwork(4, 5, (1, 1), genotypes.REID_SEARCH, embedding=6).eval()

@@ -180,6 +180,29 @@ def test_a_run_told_to_end_goes_on_to_the_bit(whole, tmp_path, command):
     assert_same_end(only(whole, f"{kind}-whole-*"), folder)
 
 
+def test_a_training_told_to_end_in_its_retrieval_goes_on_to_the_bit(whole, tmp_path):
+    program = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from harness import script\nimport train_reid\nretrieve = train_reid.retrieve\n"
+        "def told(*args, **kwargs):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return retrieve(*args, **kwargs)\n"
+        "train_reid.retrieve = told\n"
+        "script.run(train_reid.main, train_reid.get_args)\n"
+    )
+    told = tmp_path / "told" / "train_reid.py"  # a run knows its script by this name
+    told.parent.mkdir()
+    told.write_text(program)
+    command = f"{TRAIN} --rerank --arch {only(whole, 'search-whole-*')} --save in-it"
+    process = start(command.replace("train_reid.py", str(told)), tmp_path)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    folder = only(tmp_path, "eval-in-it-*")
+    output = run(f"train_reid.py --resume {folder}", tmp_path)
+    assert re.search(r"after epoch 1 of 3 and \d+ steps", output), output
+    assert_same_end(only(whole, "eval-whole-*"), folder)
+
+
 def test_two_processes(whole, tmp_path):
     output = run(f"{SEARCH} --epochs 1 --save two", tmp_path, 2)
     assert "2 processes" in output and len(re.findall("epoch 1 of 1", output)) == 1
