@@ -76,11 +76,14 @@ def main(args):
         path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
     state, network = files.load(path), None
     if about.get("script") == "train_tas":
+        if args.arch is not None:
+            raise utils.UserError(f"{path} is of a network of TAS, which is in its run: no --arch")
         network = found.load(str(folder)).network()
     elif args.arch is None and not (folder / "genotype.json").exists():
         raise utils.UserError(f"no genotype.json lies beside {path}: give --arch NAME")
-    with utils.user_errors(genotypes.GenotypeError):
-        genotype = network is None and genotypes.load(args.arch or folder, OPS)
+    else:
+        with utils.user_errors(genotypes.GenotypeError):
+            genotype = genotypes.load(args.arch or folder, OPS)
     device = flags.choose_device(args)
     log = files.start_log()
     log.info(flags.describe(device))
@@ -109,12 +112,14 @@ def test_images(args, about, device):
         batch_size, transform = min(args.batch_size, len(images)), imagenet.test_transform(size)
         loader = imagenet.Loader(images.transformed(transform), batch_size, device, args.workers)
         return loader, images.classes, size
-    dataset = data.load(args.set, args.data, args.input_size)
+    dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
     if "mean" in about:  # the network learned on images normalized so
         mean, std = about["mean"], about.get("std")
         if not (is_colour(mean) and is_colour(std) and min(std) > 0):
             raise utils.UserError("args.json is damaged: mean or std is no three numbers")
-        dataset = dataset._replace(mean=mean, std=std)
+        dataset = dataset._replace(
+            mean=dataset.mean if args.mean else mean, std=dataset.std if args.std else std
+        )
     batch_size = min(args.batch_size, len(dataset.test.labels))
     loader = data.Batches(dataset.test, dataset, batch_size, device)
     return loader, dataset.classes, dataset.test.images.shape[1]

@@ -60,7 +60,8 @@ def main(args):
     criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
         model = searches.supernet(args, len(dataset.classes), criterion, args.stem)
-        costs.check_size(model, dataset.train.images.shape[1])
+        fewest = min(train.smallest(), valid.smallest())
+        costs.check_size(model, dataset.train.images.shape[1], fewest)
     shape = args.batch_size, dataset.train.images.shape[1]
     model, measured = forms.choose(model, args, device, shape)
     optimizer = torch.optim.SGD(

@@ -72,12 +72,17 @@ def shared(make, key, *tensors):
     """make(), kept on the first of the tensors that it is made of, for the other cells."""
     if _scope.name is None or is_checkpointed():
         return make()
-    versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
-    key = _scope.name, torch.is_grad_enabled(), *versions, key, *tensors[1:]
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    versions.append(torch.is_grad_enabled())
+    key = _scope.name, key, *tensors[1:]
     kept = getattr(tensors[0], "_fused", None)
-    if kept is None or any(mine is not its for mine, its in zip(key, kept[0], strict=True)):
-        kept = tensors[0]._fused = key, make()
-    return kept[1]
+    if (
+        kept is None
+        or versions != kept[0]
+        or any(mine is not its for mine, its in zip(key, kept[1], strict=True))
+    ):
+        kept = tensors[0]._fused = versions, key, make()
+    return kept[2]
 
 
 def is_checkpointed():

@@ -49,7 +49,7 @@ def identity(n, dtype, device):
 
 
 @functools.cache
-def _repeatedidentity(S, c, R, dtype, device):
+def _repeated_identity(S, c, R, dtype, device):
     """The kernel that sums each of R copies of c channels, in S groups: (S * c, R * c, 1, 1)."""
     return identity(c, dtype, device).repeat(S, R)[:, :, None, None]
 
@@ -110,6 +110,8 @@ class _Norm:
         self.pixels = hs[0].numel() // hs[0].shape[1]
         normed = len(P) - plain
         self.fraction, self.total = moments.fraction, moments.total
+        if self.pixels == 1 and self.total is None:  # as nn.BatchNorm2d, whose words these are
+            raise ValueError("Expected more than 1 value per channel when training")
         sums = zip(*(_sums(h, h, P.shape[1]) for h in hs), strict=True)
         outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
         self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
@@ -201,7 +203,7 @@ class Depthwise(torch.autograd.Function):
         dx = None
         for R, part in dspread.items():
             part = F.conv2d(
-                part, _repeatedidentity(S, c, R, x.dtype, x.device), groups=S
+                part, _repeated_identity(S, c, R, x.dtype, x.device), groups=S
             )  # sums over R
             dx = part if dx is None else dx.add_(part)
         if dx is not None:

@@ -127,6 +127,8 @@ def test_checkpoint_weights_and_foreign_wrapping_score_the_same(runs, tmp_path):
     shutil.copy(trained / "args.json", tmp_path)
     flags = f"--model_path w.pt --arch {trained}"
     assert score in run(f"test.py {flags}", tmp_path).stdout
+    other = run(f"test.py {flags} --mean 0.9,0.9,0.9 --std 0.1,0.1,0.1", tmp_path).stdout
+    assert "top-1" in other and score not in other
 
 
 def test_search_is_the_same_on_the_same_seed(runs, tmp_path):
