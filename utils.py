@@ -32,7 +32,7 @@ def set_seed(seed, deterministic=False, detect_anomaly=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
         torch.use_deterministic_algorithms(True, warn_only=True)  # where there is no other way
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not deterministic  # it takes the fastest by trial
     torch.autograd.set_detect_anomaly(detect_anomaly)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -47,8 +47,9 @@ def get_args():
     add("--epochs", type=flags.count, default=PUBLISHED["epochs"], help="of each training")
     add("--init_channels", type=flags.count, default=PUBLISHED["init_channels"], help="of it")
     add("--layers", type=flags.depth, default=PUBLISHED["layers"], help="cells of its network")
-    add("--search_flags", default="", metavar="=TEXT", help="further flags of train_search.py")
-    add("--train_flags", default="", metavar="=TEXT", help="further flags of train.py")
+    text = dict(type=flags.words, default="", metavar="=TEXT")
+    add("--search_flags", **text, help="further flags of train_search.py")
+    add("--train_flags", **text, help="further flags of train.py")
     return parser.parse_args()
 
 
@@ -72,7 +73,7 @@ def main(args):
         for seed in range(args.searches):
             searches[f"found {seed}"] = protocol.run(
                 "search", f"found-{seed}{of}", root, "train_search.py",
-                *common, "--seed", seed, *shlex.split(args.search_flags),
+                *common, "--seed", seed, *args.search_flags,
             )  # fmt: skip
             write(root, names, searches, {})
 
@@ -93,7 +94,7 @@ def recipe(args):
     size = {name: getattr(args, name) for name in PUBLISHED}
     words = [word for name, value in size.items() for word in (f"--{name}", value)]
     words += ["--cutout", *(["--auxiliary"] if size == PUBLISHED else ["--drop_path_prob", 0])]
-    return [*words, *shlex.split(args.train_flags)]
+    return [*words, *args.train_flags]
 
 
 def finished(folder):

@@ -54,6 +54,14 @@ FORMS = {  # of a supernet: name: (its cells in the fast form, the memory format
 }
 
 
+def words(text):
+    """An argparse type: the words of a shell's command line."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r}: {str(error).lower()}") from None
+
+
 def colour(text):
     """An argparse type: three numbers from 0 to 1, the text as it is."""
     values = [fraction(value) for value in text.split(",")]
@@ -85,14 +93,15 @@ def add_imagenet_arguments(parser, seed, workers):
     add("--sync_bn", action="store_true", help="batch statistics over all processes of torchrun")
     add("--workers", type=natural, default=workers, help="processes that read images, of each GPU")
     add("--note", default="try", help="a word for the log")
-    add_machine_arguments(parser)
-    parser.set_defaults(gpu=None, report_freq=100, seed=seed)
+    add_machine_arguments(parser, gpu=None)
+    parser.set_defaults(report_freq=100, seed=seed)
 
 
-def add_machine_arguments(parser):
+def add_machine_arguments(parser, gpu=0):
     """The flags of all that runs a network over images."""
     add = parser.add_argument
-    add("--gpu", type=natural, default=0, help="which GPU; None: all, of torchrun one a process")
+    several = "; None: all, of torchrun one a process" if gpu is None else ""
+    add("--gpu", type=natural, default=gpu, help=f"which GPU{several}")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
     add("--report_freq", type=count, default=50, help="steps between two lines of progress")
     add("--seed", type=natural, default=0, help="of every random number")
@@ -164,7 +173,7 @@ def add_run_arguments(parser, epochs, learning_rate):
     add = parser.add_argument
     add("--epochs", type=count, default=epochs, help="epochs of the training images")
     add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
-    add("--grad_clip", type=positive, default=5.0, help="norm of the weights' gradient; None: any")
+    add("--grad_clip", type=positive, default=5.0, help="the largest norm of the weights' gradient")
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--save", default="EXP", help="name of the run, in the name of its folder")
     add("--resume", metavar="FOLDER", help="go on with the run in this folder")

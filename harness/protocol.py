@@ -136,7 +136,8 @@ def thinned(folder, root, train_every, test_every):
             links = subset / half / classes[label]
             links.mkdir(parents=True, exist_ok=True)
             for path, _ in itertools.islice(of_class, 0, None, n):
-                link = links / Path(path).name
+                name = Path(path).relative_to(folder / half / classes[label])
+                link = links / "-".join(name.parts)  # of subfolders, too
                 if not link.exists():
                     link.unlink(missing_ok=True)  # to an image that has moved
                     link.symlink_to(Path(path).resolve())

@@ -1,6 +1,7 @@
 """What surrounds the main function of a script: how errors and interrupts end it."""
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -31,7 +32,8 @@ def run(main, get_args):
     except UserError as error:
         sys.exit(_fail(error, 2))
     except OSError as error:  # a full disk, a folder that is read-only
-        sys.exit(_fail(f"{error}: make it writable or free some space", 2))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+        sys.exit(_fail(f"{error}{': make it writable or free some space' * full}", 2))
     except (torch.cuda.OutOfMemoryError, MemoryError):
         sys.exit(_fail(_out_of_memory(args), 2))
     except KeyboardInterrupt:

@@ -320,6 +320,21 @@ def test_each_third_image_of_each_class_to_train_on_and_each_second_to_test(tmp_
     assert len([path for path in subset.glob("*/*/*") if path.exists()]) == 10
     with pytest.raises(UserError, match="has no train folder"):
         protocol.thinned(tmp_path / "all", tmp_path / "root", 3, 2)
+    for half in ("train", "test"):
+        for name in ("cat/a/0.png", "cat/b/0.png", "dog/0.png"):
+            path = tmp_path / "deep" / half / name
+            path.parent.mkdir(parents=True)
+            path.write_text(name)
+    subset = protocol.thinned(tmp_path / "deep", tmp_path / "other", 1, 1)
+    found = sorted(path.read_text() for path in subset.glob("train/*/*"))
+    assert found == ["cat/a/0.png", "cat/b/0.png", "dog/0.png"]
+
+
+def test_flags_with_a_quote_that_does_not_end(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cells.py", "--train_flags", "--note 'x"])
+    with pytest.raises(SystemExit, match="2"):
+        cells.get_args()
+    assert "--train_flags" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 # evidence.collect
