@@ -204,7 +204,8 @@ def _full(root):
     for folder in (root / "imagenet", root):
         if (folder / "train").is_dir():
             return folder
-    raise UserError(f"{root} has no imagenet/train folder: give the folder that has one")
+    hint = "give another --tmp_data_dir (test.py: --data)"
+    raise UserError(f"{root} has no imagenet/train folder: {hint}")
 
 
 def read_files(folder, classes):
@@ -262,17 +263,7 @@ class Loader:
         if not self.resumed:
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = False
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError("a process that reads images died, of too little memory perhaps: "
-                                "lower --workers or --batch_size") from error  # fmt: skip
+        for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
             self.position += 1

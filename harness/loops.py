@@ -26,6 +26,7 @@ class Figures:
         self.name, self.loader, self.report_freq, self.log = name, loader, report_freq, log
         self.step, self.start, self.run = 0, time.perf_counter(), run
         self.bad = -1  # the first step that was not finite
+        self.seconds = None  # of all steps, when they are done
         if run is not None and run.unfinished is not None:
             self._load(run.unfinished)
             run.unfinished = None
@@ -38,7 +39,7 @@ class Figures:
 
     def steps(self):
         """(x, y) of each step; in between the figures are shown every `report_freq` steps."""
-        if self.step == len(self.loader):  # resumed after the last
+        if self.step >= len(self.loader):  # resumed after the last
             return
         for batch in self.bar:
             yield batch
@@ -81,7 +82,7 @@ class Figures:
         """Of all processes; checked, so that no checkpoint follows a step that was not finite."""
         self.check()
         sums = [torch.as_tensor(meter.sum).cpu() for meter in self.meters]
-        seconds = time.perf_counter() - self.start
+        seconds = self.seconds or time.perf_counter() - self.start
         each = distributed.gather({"sums": sums, "count": self.loss.cnt})
         return {"step": self.step, "seconds": seconds, "each": each}
 
@@ -103,7 +104,7 @@ class Figures:
         sums = [meter.sum for meter in self.meters]
         *sums, images = distributed.total([*sums, float(self.loss.cnt)], device)  # waits for it
         loss, top1, top5 = (value / max(images, 1) for value in sums)
-        seconds = time.perf_counter() - self.start
+        seconds = self.seconds = time.perf_counter() - self.start
         return {
             "images": int(images),
             "loss": loss,

@@ -25,6 +25,7 @@ from operations import OPS
 from utils import UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
+IMPATIENT = 2  # seconds; sooner a second signal is the first again, which torchrun passes on, too
 RECORDS = ("metrics.csv", "genotypes.jsonl", "widths.jsonl")  # a checkpoint holds them as they were
 
 
@@ -174,9 +175,11 @@ class Run:
         return False
 
     def _signalled(self, number, frame):
-        if self.signal:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.signalled_at = number, now
+        elif now - self.signalled_at > IMPATIENT:
             os._exit(128 + number)
-        self.signal = number
 
     def step(self, figures):
         """After each step: saves every --save_every minutes; ends where a signal asks for it."""

@@ -39,6 +39,9 @@ def run(main, get_args):
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # PyTorch raises it anywhere
+            why = "a process that reads images died, of too little memory perhaps"
+            sys.exit(_fail(f"{why}: lower --workers or --batch_size; go on with --resume", 2))
         if "can't allocate memory" in str(error):
             sys.exit(_fail(_out_of_memory(args), 2))
         if "returned nan values" in str(error):  # of --detect_anomaly, which warned where

@@ -21,7 +21,7 @@ import torch
 
 import genotypes
 import utils
-from harness import files, runs, script
+from harness import files, loops, runs, script
 from harness.loops import Figures
 from helpers import warm_python
 from test_bad_inputs import Hostile
@@ -284,6 +284,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     if path.exists():
         state = torch.load(path, weights_only=True)["model"]
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_the_same_signal_twice_is_one(monkeypatch):
+    """torchrun passes a signal on that its processes may have got, too; so does timeout."""
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    run = types.SimpleNamespace(signal=0)
+    for _ in range(2):
+        runs.Run._signalled(run, signal.SIGTERM, None)
+    assert run.signal == signal.SIGTERM and not ends
+    run.signalled_at -= 3
+    runs.Run._signalled(run, signal.SIGTERM, None)
+    assert ends == [143]
+
+
+def test_the_seconds_of_an_epoch_are_those_of_its_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loops.time, "perf_counter", lambda: clock[0])
+    log = types.SimpleNamespace(info=lambda *args: None)
+    figures = Figures("train", [None], 50, log)
+    figures.update(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]), torch.tensor(1.0))
+    clock[0] = 2.0
+    assert figures.result(torch.device("cpu"))["seconds"] == 2
+    clock[0] = 7.0  # in the evaluation that follows
+    assert figures.state_dict()["seconds"] == 2
 
 
 @pytest.mark.parametrize("bad", ["loss", "norm"])
