@@ -24,22 +24,21 @@ from utils import UserError as _UserError
 dependencies = ["torch", "torchvision", "numpy"]
 
 
-def pc_darts_cifar(
-    num_classes=10, auxiliary=False, weights=None, C=36, layers=20, genotype="PC_DARTS_cifar"
-):
+def pc_darts_cifar(num_classes=10, auxiliary=False, weights=None, C=36, layers=20, genotype=None):
     """NetworkCIFAR; forward(x) -> (logits, logits of the auxiliary head or None).
 
-    genotype: as --arch of train.py: a name, genotype.json, run folder or text.
+    genotype: as --arch of train.py: a name, genotype.json, run folder or text. None: that of the
+    run whose weights are given, else PC_DARTS_cifar.
     """
-    cell = _genotypes.load(genotype, _OPS)
+    cell = _cell(genotype, weights, "PC_DARTS_cifar")
     return _loaded(_model.NetworkCIFAR(C, num_classes, layers, auxiliary, cell), weights)
 
 
 def pc_darts_imagenet(
-    num_classes=1000, auxiliary=False, weights=None, C=48, layers=14, genotype="PC_DARTS_image"
+    num_classes=1000, auxiliary=False, weights=None, C=48, layers=14, genotype=None
 ):
-    """NetworkImageNet; the arguments are those of pc_darts_cifar."""
-    cell = _genotypes.load(genotype, _OPS)
+    """NetworkImageNet, PC_DARTS_image; the arguments are those of pc_darts_cifar."""
+    cell = _cell(genotype, weights, "PC_DARTS_image")
     return _loaded(_model.NetworkImageNet(C, num_classes, layers, auxiliary, cell), weights)
 
 
@@ -61,6 +60,22 @@ def tas(arch="unpruned", num_classes=None, weights=None, depth=None):
             raise _UserError(f"num_classes={num_classes!r}: give 1 or more")
         network = network._replace(num_classes=num_classes)
     return _loaded(network.network(), weights)
+
+
+def _cell(genotype, weights, published):
+    """The genotype: as given, or of the run of these weights, or as published.
+
+    Another one than the run's would take the weights, too, where its convolutions are the same.
+    """
+    cell = None if genotype is None else _genotypes.load(genotype, _OPS)
+    path = _Path(weights or "")
+    own = (path if path.is_dir() else path.parent) / "genotype.json"
+    if weights is None or not own.exists():
+        return _genotypes.load(published, _OPS) if cell is None else cell
+    its = _genotypes.load(own, _OPS)
+    if cell not in (None, its):
+        raise _UserError(f"{weights} has another genotype, {own}: leave the genotype out")
+    return its
 
 
 def _loaded(network, weights):

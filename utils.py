@@ -91,7 +91,8 @@ def duration(seconds):
 class Cutout:
     """Zeros a square of an image (C, H, W): its centre anywhere, clipped at the border.
 
-    DeVries and Taylor, arXiv:1708.04552. length: side of the square in pixels.
+    DeVries and Taylor, arXiv:1708.04552. length: side of the square in pixels; even, as it extends
+    length // 2 to both sides.
     """
 
     def __init__(self, length):
@@ -100,10 +101,9 @@ class Cutout:
     def __call__(self, image):
         height, width = image.shape[1:]
         y, x = np.random.randint(height), np.random.randint(width)
-        top, left = y - self.length // 2, x - self.length // 2
+        half = self.length // 2
         image = image.clone()
-        rows = slice(max(top, 0), max(top + self.length, 0))
-        image[:, rows, max(left, 0) : max(left + self.length, 0)] = 0
+        image[:, max(y - half, 0) : y + half, max(x - half, 0) : x + half] = 0
         return image
 
 

@@ -227,6 +227,7 @@ def test_cutout_zeros_one_square():
         assert area == len(rows) <= 16 and torch.equal(cut[0], cut[2])
         areas.add(int(area))
     assert image.all() and {16, 4} <= areas  # whole ones, and in a corner
+    assert max((utils.Cutout(5)(image) == 0).sum() / 3 for _ in range(100)) == 16  # as released
 
 
 def test_drop_path_keeps_the_mean():
@@ -955,6 +956,22 @@ def test_hub(tmp_path):
 
     names = {n for n, value in vars(hubconf).items() if callable(value) and n[0] != "_"}
     assert names == {"pc_darts_cifar", "pc_darts_imagenet", "supernet", "tas"}
+
+
+def test_hub_builds_the_cell_of_the_run_whose_weights_it_gives(tmp_path):
+    own = genotypes.PC_DARTS_cifar._replace(
+        normal=[("avg_pool_3x3" if op == "skip_connect" else op, i)
+                for op, i in genotypes.PC_DARTS_cifar.normal]
+    )  # fmt: skip
+    network = model.NetworkCIFAR(4, 10, 3, False, own)
+    genotypes.save(own, tmp_path / "genotype.json")
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    how = dict(source="local", C=4, layers=3, weights=tmp_path)
+    loaded = torch.hub.load(str(ROOT), "pc_darts_cifar", **how)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(x)[0], network.eval()(x)[0])
+    with pytest.raises(utils.UserError, match="leave the genotype out"):
+        torch.hub.load(str(ROOT), "pc_darts_cifar", genotype="PC_DARTS_cifar", **how)
 
 
 def test_hub_gives_a_network_that_a_search_found(tmp_path):
