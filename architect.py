@@ -16,7 +16,8 @@ class Architect:
 
     model: has arch_parameters(), parameters() and _loss(input, target).
     args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay;
-    amp, no_cuda_graph and arch_grad_clip (norm of the gradient in a step), if they are there.
+    amp, unrolled, no_cuda_graph and arch_grad_clip (norm of the gradient in a step), if they are
+    there. amp is of first-order steps: the central difference of the others is lost in bfloat16.
     """
 
     STEP = 0.01  # of the central difference in a second-order step, in the norm of all weights
@@ -31,7 +32,8 @@ class Architect:
             betas=(0.5, 0.999),
             weight_decay=args.arch_weight_decay,
         )
-        amp, graphs = getattr(args, "amp", False), not getattr(args, "no_cuda_graph", False)
+        amp = getattr(args, "amp", False) and not getattr(args, "unrolled", False)
+        graphs = not getattr(args, "no_cuda_graph", False)
         self.gradients = Gradients(model, amp=amp, graphs=graphs)
 
     def step(

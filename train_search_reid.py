@@ -81,7 +81,10 @@ def main(args):
     optimizer = torch.optim.SGD(
         model.weights(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
     )
-    architect = Architect(model, SimpleNamespace(**vars(args), arch_grad_clip=args.grad_clip))
+    step = SimpleNamespace(
+        **vars(args), unrolled=not args.first_order, arch_grad_clip=args.grad_clip
+    )
+    architect = Architect(model, step)
     gradients = fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
     gradients = distributed.averaged(gradients)
     architect.gradients = distributed.averaged(architect.gradients)
@@ -100,7 +103,6 @@ def main(args):
     introduce(log, args, people, halves, model)
 
     forever = valid.forever()
-    step = SimpleNamespace(**vars(args), unrolled=not args.first_order)
     for _ in range(run.epoch, args.epochs):
         lr = scheduler.get_last_lr()[0]
         figures = loops.search_epoch(

@@ -176,6 +176,13 @@ def test_unrolled_passes_leave_running_statistics_as_the_released_ones_do():
     assert stem[0].num_batches_tracked == stem[1].num_batches_tracked
 
 
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_bfloat16_is_of_first_order_steps(unrolled):
+    """The two sides of the central difference are nearer to each other than its steps."""
+    args = SimpleNamespace(**vars(ARGS) | {"amp": True, "unrolled": unrolled})
+    assert Architect(Case("cifar_k4").model, args).gradients.amp is not unrolled
+
+
 def test_the_gradient_of_alphas_and_betas_is_clipped_on_request():
     case = Case("cifar_k4")
     batches = *case.batch("train0"), *case.batch("valid0")
