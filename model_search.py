@@ -132,7 +132,7 @@ class Network(nn.Module):
         super().__init__()
         if k < 1 or C < 1 or C % k or (C // k) % 2:
             raise ValueError(f"C / k must be a whole, even number of channels, not {C} / {k}")
-        if layers < 3:
+        if layers < 3 and reductions is None:
             raise ValueError(f"layers={layers}: two of them reduce, so it takes 3 or more")
         if not 1 <= multiplier <= steps:
             raise ValueError(f"multiplier={multiplier}: a cell outputs 1 to steps={steps} nodes")

@@ -67,7 +67,7 @@ def main(args):
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
     about |= dict(parameters_m=utils.count_parameters_in_MB(model), **layout)
-    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
+    run = Run("eval", args, device, parts, {"best": [-1.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
     log = run.log

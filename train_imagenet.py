@@ -75,7 +75,7 @@ def main(args):
     about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
     about |= dict(parameters_m=utils.count_parameters_in_MB(network), **layout)
     parts = {"model": network, "optimizer": optimizer, "loader": train}
-    run = Run("eval", args, device, parts, {"best": [0.0, 0], "tested": {}}, genotype, **about)
+    run = Run("eval", args, device, parts, {"best": [-1.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):
         return
     log = run.log

@@ -75,7 +75,7 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = {"model": pruned, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
-    values = {"best": [0.0, 0], "tested": {}}
+    values = {"best": [-1.0, 0], "tested": {}}
     about |= dict(parameters_m=utils.count_parameters_in_MB(pruned))
 
     def begin(folder):

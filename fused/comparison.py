@@ -27,9 +27,13 @@ def difference(paper, fast, C, edges, ops, reduction_prev):
         with torch.random.fork_rng(devices=[]), here, torch.enable_grad():
             torch.manual_seed(0)
             cells = paper().double(), fast().double()
-            why = unfamiliar(type(cells[0])) or Plan(cells[1]).why
+            plan = Plan(cells[1])
+            why = unfamiliar(type(cells[0])) or plan.why
             if why is not None:
                 return why
+            for edge in [*cells[0]._ops, *cells[1]._ops]:
+                for o in plan.kinds.others:  # which run as they are, perhaps with random numbers
+                    edge._ops[o].eval()
             inputs = [torch.randn(2, C, size, size) for size in (16 if reduction_prev else 8, 8)]
             inputs += [torch.rand(edges, ops), torch.rand(edges)]
             return _difference(*cells, [x.double().requires_grad_() for x in inputs])

@@ -37,9 +37,12 @@ def check_size(model, size, images=2):
         return
     if "more than 1 value per channel" in why:
         why = f"a step of {images} image is too small for batch norm there"
+    if "meta" in why:  # a tensor that did not move with its module
+        raise ValueError(f"{why}: register the tensors of your operations as buffers")
     fits = (side for side in range(size + 4 - size % 4, size + 257, 4) if reason(side) is None)
-    hint = f"the next size that fits is --input_size {next(fits, size + 256)}"
-    raise ValueError(f"images of {size} x {size}: {why}; {hint}")
+    side = next(fits, None)
+    hint = "" if side is None else f"; the next size that fits is --input_size {side}"
+    raise ValueError(f"images of {size} x {size}: {why}{hint}")
 
 
 class Calls(TorchDispatchMode):

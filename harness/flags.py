@@ -165,7 +165,7 @@ def add_cutout_arguments(parser):
     """The flags of Cutout, on CIFAR-size images."""
     add = parser.add_argument
     add("--cutout", action="store_true", help="cut a square out of every training image")
-    add("--cutout_length", type=count, default=16, help="side of that square in pixels")
+    add("--cutout_length", type=count, default=16, help="its side in pixels, even")
 
 
 def add_run_arguments(parser, epochs, learning_rate):

@@ -62,7 +62,7 @@ def measure(model, args, device, shape):
     start = time.perf_counter()
     without = not model.fused
     names = [name for name, (fast, _) in FORMS.items() if not (fast and without)]
-    if args.recompute:
+    if args.recompute and not without:
         names = [name for name in names if name.startswith("fused")]
     graphs = device.type in GRAPHS_ON and not args.no_cuda_graph
     graphs = graphs and not getattr(args, "sync_bn", False)  # see fused.Gradients

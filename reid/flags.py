@@ -58,6 +58,7 @@ def parse_args(parser, digits, inherited=()):
     With --test RUN the `inherited` flags are those of the run where they are not given.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.error = parser.error
     known.add_argument("--set")
     if inherited:
         known.add_argument("--test")

@@ -759,6 +759,12 @@ def test_a_form_whose_graphs_lie_is_tried_without(monkeypatch):
     assert ", fused: its first replay is not the step" in line
 
 
+def test_recompute_of_a_supernet_that_has_no_fast_form(monkeypatch):
+    monkeypatch.setattr(forms, "seconds", lambda steps, device: 1.0)
+    args = SimpleNamespace(**vars(ARGS) | {"begin": 1, "recompute": True})
+    assert forms.measure(supernet("plain"), args, CPU, (4, 8))[0] == "plain"
+
+
 def in_two_processes():
     """The form that each process takes where each would find another the fastest."""
     with pytest.MonkeyPatch.context() as patch:

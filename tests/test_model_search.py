@@ -728,6 +728,20 @@ USERS = {
 }
 
 
+class Noisy(nn.Module):
+    """A user's operation with dropout, on a tensor of its own that is no buffer."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.pool, self.dropout = nn.AvgPool2d(3, stride, 1), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.dropout(self.pool(x))
+
+
+USERS["noisy"] = lambda C, stride, affine: Noisy(stride)
+
+
 @pytest.fixture
 def primitives(monkeypatch):
     """A function that makes its arguments the operations that are searched."""
@@ -740,6 +754,12 @@ def primitives(monkeypatch):
 
     yield replace
     PRIMITIVES[:] = before
+
+
+def test_an_operation_that_draws_random_numbers_leaves_the_others_fast(primitives):
+    primitives(*PRIMITIVES, "noisy")
+    network = Network(8, 3, 3, nn.CrossEntropyLoss())
+    assert network.fused and all(cell.is_fast() for cell in network.cells), network.why_plain
 
 
 @pytest.mark.parametrize(

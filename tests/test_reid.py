@@ -24,6 +24,7 @@ import reid
 from operations import OPS
 from reid import data, metrics
 from reid.model import LAYERS, Head, ReIDNetwork, ResNet, multiply_adds, reductions
+from reid.supernet import Supernet
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -753,6 +754,11 @@ def test_network(name):
     assert other(x).equal(out)
     with one_line(ValueError, "cannot be halved"):
         network(x[:, :, :112])
+
+
+def test_a_supernet_of_two_stages():
+    network = Supernet(8, 3, (1, 1), None, embedding=6)
+    assert [cell.reduction for cell in network.cells] == [False, True]
 
 
 def test_a_cell_that_never_reads_an_input_is_said_to_distributed_data_parallel():

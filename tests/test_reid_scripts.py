@@ -250,6 +250,7 @@ BAD = {
     "too many identities": (f"{SEARCH} --identities 11", "11 identities is more than the 10"),
     "lambda": (f"{SEARCH} --lambda 1.5", "--lambda"),
     "layers": (f"{SEARCH} --layers 2,x", "--layers"),
+    "no value": ("train_reid.py --test", "--test: expected one argument"),
     "empty stage": (f"{SEARCH} --layers 2,0", "--layers"),
     "test of nothing": ("train_reid.py --test nowhere", "no args.json"),
     "k": (f"{SEARCH} --k 5", "5"),
