@@ -20,8 +20,7 @@ import fused
 import genotypes
 import utils
 from architect import Architect
-from harness import analysis, distributed, files, flags, loops, script
-from harness.distributed import is_main
+from harness import analysis, distributed, flags, loops, script, searches
 from harness.runs import Run
 from reid import PKBatches, RetrievalLoss, data
 from reid.flags import (
@@ -114,11 +113,7 @@ def main(args):
         report(run, args, lr, figures, model, len(identities))
         run.epoch_done()
 
-    genotype = model.genotype()
-    if is_main():
-        genotypes.save(genotype, folder / "genotype.json", model.primitives)
-        files.save(model.state_dict(), folder / "weights.pt")
-    log.info("genotype = %s", genotypes.text(genotype))
+    searches.save(run, model, model.genotype())
     where = f"--set {args.set} --height {args.height} --width {args.width} --layers {args.layers}"
     where += "" if args.set == "digits" else f" --data {shlex.quote(args.data)}"
     log.info("train it: python train_reid.py --arch %s %s", shlex.quote(str(folder)), where)
@@ -163,10 +158,7 @@ def report(run, args, lr, figures, model, identities):
         "skip_connects_normal": skips[0], "skip_connects_reduce": skips[1],
         "parameters_m": utils.count_parameters_in_MB(derived),
     }  # fmt: skip
-    cell = {"epoch": epoch} | {name: list(value) for name, value in genotype._asdict().items()}
-    for name, p in analysis.softmaxes(model).items():
-        cell[f"softmax_{name}"] = np.round(p.double().numpy(), 6).tolist()
-    run.record(row, cell)
+    run.record(row, searches.cell_line(model, genotype, epoch))
 
 
 if __name__ == "__main__":

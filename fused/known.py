@@ -1,8 +1,8 @@
 """What the fast form stands for: modules as operations.py makes them, of classes with these texts.
 
-Figures of two small cells do not show what a change does at other sizes, widths or precisions,
-seldom, or beside the output; so a class of another text, or a module with something changed, is run
-as it is. `python -m fused.known` prints the digests anew, for when the fast form has followed a
+Two small cells cannot show a change that matters only at other sizes or precisions, rarely, or
+outside the output. So a class with another text, or a module with something changed, runs as it is.
+`python -m fused.known` prints the digests anew, for when the fast form has followed a
 change.
 """
 

@@ -112,11 +112,11 @@ class Plan:
         return [o for o in range(self.kinds.n) if o not in self.kinds.others]
 
     def __reduce__(self):
-        """None takes its place in a copy, whose modules are others."""
+        """A copy of a cell has no plan yet: its modules are other objects."""
         return type(None), ()
 
     def _keep(self, cell, parts):
-        """What it is of the modules that must stay as it is for the plan to hold."""
+        """Records what must not change of the modules for the plan to hold."""
         self.parts, self.types = parts, [type(part) for part in parts]
         classes = dict.fromkeys(c for kind in {type(cell), *self.types} for c in kind.__mro__)
         self.live = [vars(c) for c in classes]

@@ -38,8 +38,8 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
     """
     alphas = [tensor for tensor in model.arch_parameters() if tensor.dim() == 2]
     gradients, training = Gradients(model, graphs=False), model.training
-    architect_like = [buffer for buffer in model.buffers() if not buffer.requires_grad]
-    kept = [tensor.detach().clone() for tensor in [*alphas, *architect_like]]
+    statistics = [buffer for buffer in model.buffers() if not buffer.requires_grad]
+    kept = [tensor.detach().clone() for tensor in [*alphas, *statistics]]
     generator = torch.Generator().manual_seed(0)
     v = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a in alphas]
     model.train()
@@ -59,5 +59,5 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
             v = product
         return float(value)  # the Rayleigh quotient
     finally:
-        copy_into(kept, [*alphas, *architect_like])
+        copy_into(kept, [*alphas, *statistics])
         model.train(training)

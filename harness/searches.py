@@ -69,17 +69,20 @@ def report(run, args, lr, figures, model, held_out, imagenet=False):
         run.log.info(
             "supernet on the validation half: top-1 %.2f %%, loss %.4f", held["top1"], held["loss"]
         )
-    cell = {name: list(value) for name, value in genotype._asdict().items()}
     if args.eigenvalue:
         row["eigenvalue"] = float("nan")
         if (epoch + 1) % args.eigenvalue == 0:
             row["eigenvalue"] = analysis.dominant_eigenvalue(model, *next(iter(held_out)))
             run.log.info("largest eigenvalue of the Hessian in alpha: %.4f", row["eigenvalue"])
-    softmaxes = {
-        f"softmax_{name}": np.round(p.double().numpy(), 6).tolist()
-        for name, p in analysis.softmaxes(model).items()
-    }
-    run.record(row, {"epoch": epoch + 1, **cell, **softmaxes})
+    run.record(row, cell_line(model, genotype, epoch + 1))
+
+
+def cell_line(model, genotype, epoch):
+    """The line of genotypes.jsonl after an epoch: the cell, and the softmaxes that it is of."""
+    line = {"epoch": epoch} | {name: list(value) for name, value in genotype._asdict().items()}
+    for name, p in analysis.softmaxes(model).items():
+        line[f"softmax_{name}"] = np.round(p.double().numpy(), 6).tolist()
+    return line
 
 
 def finish(run, args, model, held_out, images):
@@ -89,7 +92,11 @@ def finish(run, args, model, held_out, images):
         "supernet on %s: top-1 %.2f %%, loss %.4f (this is not the final accuracy of the cell: "
         "train it for that)", images, figures["top1"], figures["loss"],
     )  # fmt: skip
-    genotype = model.genotype(args.max_skip)
+    save(run, model, model.genotype(args.max_skip))
+
+
+def save(run, model, genotype):
+    """The end of a search: genotype.json, and weights.pt, which says that it is finished."""
     if distributed.is_main():
         genotypes.save(genotype, run.folder / "genotype.json", model.primitives)
         files.save(model.state_dict(), run.folder / "weights.pt")
