@@ -2,8 +2,7 @@
 
 Two small cells cannot show a change that matters only at other sizes or precisions, rarely, or
 outside the output. So a class with another text, or a module with something changed, runs as it is.
-`python -m fused.known` prints the digests anew, for when the fast form has followed a
-change.
+`python -m fused.known` prints the digests anew, for when the fast form has followed a change.
 """
 
 import functools
