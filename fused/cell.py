@@ -73,16 +73,13 @@ def shared(make, key, *tensors):
     if _scope.name is None or is_checkpointed():
         return make()
     versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    versions.append(torch.is_grad_enabled())
+    state = torch.is_grad_enabled(), versions  # compared by value, the key by identity
     key = _scope.name, key, *tensors[1:]
-    kept = getattr(tensors[0], "_fused", None)
-    if (
-        kept is None
-        or versions != kept[0]
-        or any(mine is not its for mine, its in zip(key, kept[1], strict=True))
-    ):
-        kept = tensors[0]._fused = versions, key, make()
-    return kept[2]
+    before, its, made = getattr(tensors[0], "_fused", (None, key, None))
+    if state != before or any(a is not b for a, b in zip(key, its, strict=True)):
+        made = make()
+        tensors[0]._fused = state, key, made
+    return made
 
 
 def is_checkpointed():

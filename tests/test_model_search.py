@@ -729,7 +729,7 @@ USERS = {
 
 
 class Noisy(nn.Module):
-    """A user's operation with dropout, on a tensor of its own that is no buffer."""
+    """A user's operation with dropout."""
 
     def __init__(self, stride):
         super().__init__()
@@ -739,6 +739,18 @@ class Noisy(nn.Module):
         return self.dropout(self.pool(x))
 
 
+class Unregistered(nn.Module):
+    """A user's operation with a tensor that does not move with it."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.pool, self.scale = nn.AvgPool2d(3, stride, 1), torch.ones(1, 1, 1, 1)
+
+    def forward(self, x):
+        return self.pool(x) * self.scale
+
+
+USERS["unregistered"] = lambda C, stride, affine: Unregistered(stride)
 USERS["noisy"] = lambda C, stride, affine: Noisy(stride)
 
 
@@ -760,6 +772,13 @@ def test_an_operation_that_draws_random_numbers_leaves_the_others_fast(primitive
     primitives(*PRIMITIVES, "noisy")
     network = Network(8, 3, 3, nn.CrossEntropyLoss())
     assert network.fused and all(cell.is_fast() for cell in network.cells), network.why_plain
+
+
+def test_an_operation_whose_tensor_is_no_buffer_is_told_to_register_it(primitives):
+    primitives(*PRIMITIVES, "unregistered")
+    network = Network(8, 3, 3, nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="register the tensors of your operations as buffers"):
+        costs.check_size(network, 32)
 
 
 @pytest.mark.parametrize(
