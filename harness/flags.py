@@ -104,7 +104,6 @@ def add_machine_arguments(parser, gpu=0):
     add("--gpu", type=natural, default=gpu, help=f"which GPU{several}")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
     add("--report_freq", type=count, default=50, help="steps between two lines of progress")
-    add("--seed", type=natural, default=0, help="of every random number")
 
 
 def add_learning_arguments(parser, epochs, init_channels, layers, learning_rate):
@@ -170,7 +169,8 @@ def add_cutout_arguments(parser):
 
 def add_run_arguments(parser, epochs, learning_rate):
     """The flags of all that searches or trains."""
-    add = parser.add_argument
+    add, seed = parser.add_argument, parser.get_default("seed") or 0
+    add("--seed", type=natural, default=seed, help="of every random number")
     add("--epochs", type=count, default=epochs, help="epochs of the training images")
     add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
     add("--grad_clip", type=positive, default=5.0, help="the largest norm of the weights' gradient")

@@ -266,6 +266,7 @@ FLAGS = [  # of the wrong type or range, unknown, or against each other
     (f"{TRAIN_IMAGENET} --lr_scheduler step", "step", "linear"),
     (f"{TRAIN_IMAGENET} --label_smooth 2", "--label_smooth"),
     ("test.py", "--model_path"),
+    ("test.py --model_path eval --seed 1", "--seed"),
     ("test.py --model_path eval --layers 4", "cells.3"),
     ("test.py --model_path eval --init_channels 8", "size mismatch"),
     ("benchmark.py everything", "everything"),
