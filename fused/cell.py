@@ -29,11 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fused.functions import (
     Depthwise,
-    HalvedMax,
     Moments,
     NormReLUDepthwise,
     NormSum,
-    WidePools,
     factorized_kernel,
     halve,
     identity,
@@ -42,6 +40,7 @@ from fused.functions import (
     norm_sum,
 )
 from fused.plan import Plan, constants
+from fused.pools import HalvedMax, WidePools
 from operations import ReLUConvBN
 
 log = logging.getLogger("pc-darts")

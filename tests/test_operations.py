@@ -7,7 +7,6 @@ from torch import nn
 
 from fused.functions import (
     Depthwise,
-    HalvedMax,
     Moments,
     NormReLUDepthwise,
     NormSum,
@@ -16,6 +15,7 @@ from fused.functions import (
     norm_relu_depthwise,
     norm_sum,
 )
+from fused.pools import HalvedMax, WidePools
 from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv
 from utils import without_module_prefix
 
@@ -282,3 +282,15 @@ def test_norm_relu_depthwise_of_an_evaluation():
 def test_halved_max():
     x = random(2, 3, 6, 8)
     same_gradients(HalvedMax.apply(x), F.max_pool2d(x, 2, 2), [x])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_wide_pools_are_pytorch_s(stride):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 8, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    pools = [nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False)]
+    pools.append(nn.AvgPool2d((5, 3), stride, (2, 1), ceil_mode=stride == 1))
+    mine, expected = WidePools.apply(x, pools), torch.cat([pool(x) for pool in pools], 1)
+    torch.testing.assert_close(mine, expected)
+    same_gradients(mine, expected, [x])
