@@ -44,7 +44,7 @@ ORDERS = {"alphas and betas frozen": None, "first order": False, "second order":
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("what", nargs="?", default="all", choices=[*TABLES, "all"], help="which of the tables")
     add("--batch_size", type=flags.count, help="of a step; None: 256 on a GPU, 64 on a CPU")

@@ -2,9 +2,9 @@
 
     python export.py eval-EXP-...          # network.onnx and network.pt2 in the run's folder
 
-Both take images (N, 3, H, W) of any N, normalized as in training, and give logits (N, classes): no
-auxiliary head, drop path or batch statistics. Needs onnx, onnxscript and onnxruntime
-(requirements-export.txt).
+Both take images (N, 3, H, W) of any N, normalized as in training, which the last line tells, and
+give logits (N, classes), those of a run of train_reid.py embeddings (N, D): no auxiliary head, drop
+path or batch statistics. Needs onnx, onnxscript and onnxruntime (requirements-export.txt).
 """
 
 import time
@@ -17,16 +17,17 @@ from torch import nn
 
 import genotypes
 import utils
-from harness import costs, files, flags, script
+from harness import costs, files, flags, imagenet, script, trainings
 from model import build
 from operations import OPS
+from reid import trained
 from tas import found
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("run", help="folder of a training; its last weights are taken")
     add("--out", help="folder for the files; None: the run's own")
@@ -48,15 +49,15 @@ class Logits(nn.Module):
 def main(args):
     flags.need("export", ["onnx", "onnxscript", "onnxruntime"], "requirements-export.txt")
     folder = Path(args.run)
-    network, size = load(folder)
+    network, size, gives = load(folder)
     out = files.expanded(args.out or folder)
-    images = torch.randn(args.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(args.batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = network(images)
     paths = out / "network.pt2", out / "network.onnx"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(network, size, *paths)
+        write(network, size, gives, *paths)
     except OSError as error:
         raise utils.UserError(f"cannot write to {out} ({error}): give another --out") from None
     runners = {"PyTorch eager": network, "torch.export": exported(paths[0]), "ONNX": onnx(paths[1])}
@@ -65,41 +66,59 @@ def main(args):
             for n in {1, args.batch_size}:
                 off = (runner(images[:n]) - wanted[:n]).abs().max() / wanted.abs().max()
                 if not off < TOLERANCE:
-                    raise utils.UserError(f"{name} gives other logits, by {off:.1e}: do not use it")
+                    raise utils.UserError(
+                        f"{name} gives other {gives}, by {off:.1e}: do not use it"
+                    )
             print(
                 f"{name}: {latency(runner, images[:1]):.1f} ms an image alone, "
                 f"{latency(runner, images) / len(images):.1f} ms of {len(images)} together"
             )
     for path in paths:
-        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, logits agree to {TOLERANCE:g}")
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {gives} agree to {TOLERANCE:g}")
+    print(f"images: RGB from 0 to 1 of {size[0]} x {size[1]} pixels, {normalization(folder)}")
 
 
 def load(folder):
-    """(the network of a run in evaluation, with one output, on the CPU; side of its images)."""
+    """(the network of a run in evaluation, with one output, on the CPU; (height, width); its name).
+
+    height, width: of its images. The name of the output: "logits" or "embeddings".
+    """
     about = files.read_args(folder)
     if about.get("script") == "train_tas":
-        return found.load_trained(folder).eval(), found.load(str(folder)).size
-    if about.get("script") not in ("train", "train_imagenet"):
-        raise utils.UserError(f"{folder} is no run of train.py, train_imagenet.py or train_tas.py")
-    args, classes = about["args"], about.get("classes", [])
-    imagenet = about["script"] == "train_imagenet"
-    stem = "imagenet" if imagenet else args.get("stem", "cifar")
+        side = found.load(str(folder)).size
+        return found.load_trained(folder).eval(), (side, side), "logits"
+    if about.get("script") == "train_reid":
+        return *trained.load(folder), "embeddings"
+    sizes = trainings.sizes(folder)
+    if not sizes:
+        raise utils.UserError(f"{folder} is no run of train.py or of another training")
+    args, path = about["args"], folder / "weights.pt"
+    stem = "imagenet" if about["script"] == "train_imagenet" else args.get("stem", "cifar")
     side = args.get("input_size") or (16 if args.get("set") == "digits" else 32)
-    sizes = [args.get("init_channels"), args.get("classes") or len(classes), args.get("layers")]
-    if not all(type(size) is int and size > 0 for size in (*sizes, side)):
-        raise utils.UserError(f"{folder}/args.json is damaged, in init_channels, layers or sizes")
-    path, auxiliary = folder / "weights.pt", args.get("auxiliary") is True
+    if type(side) is not int or side < 1:
+        raise utils.UserError(f"{folder}/args.json is damaged, in input_size")
     with utils.user_errors(ValueError):  # a GenotypeError too
-        network = build(genotypes.load(folder, OPS), *sizes, stem, auxiliary)
+        network = build(genotypes.load(folder, OPS), stem=stem, **sizes)
         costs.check_size(network.eval(), side)
     files.load_weights(network, files.load(path), path)
     network.auxiliary_head = None
-    return Logits(network).eval(), side
+    return Logits(network).eval(), (side, side), "logits"
 
 
-def write(network, size, exported_path, onnx_path):
+def normalization(folder):
+    """In words, what the images of a run are normalized by."""
+    about = files.read_args(folder)
+    if about["script"] == "train_reid":
+        about |= {"mean": imagenet.MEAN, "std": imagenet.STD}
+    if "mean" not in about:
+        return "normalized as in training"
+    mean, std = (", ".join(f"{value:.4f}" for value in about[name]) for name in ("mean", "std"))
+    return f"less ({mean}), divided by ({std})"
+
+
+def write(network, size, gives, exported_path, onnx_path):
     """Both files; the number of images is left open."""
-    images = torch.zeros(2, 3, size, size)
+    images = torch.zeros(2, 3, *size)
     shapes = {"x": {0: torch.export.Dim("images", min=1)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about themselves
@@ -107,7 +126,7 @@ def write(network, size, exported_path, onnx_path):
         torch.export.save(program, exported_path)
         program = torch.onnx.export(
             network, (images,), dynamo=True, dynamic_shapes=shapes, input_names=["images"],
-            output_names=["logits"], verbose=False,
+            output_names=[gives], verbose=False,
         )  # fmt: skip
         program.save(onnx_path)
 
@@ -122,7 +141,7 @@ def onnx(path):
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(
-        np.asarray(session.run(["logits"], {"images": x.contiguous().numpy()})[0])
+        np.asarray(session.run(None, {"images": x.contiguous().numpy()})[0])
     )
 
 

@@ -152,7 +152,7 @@ def check(genotype, ops=None):
     """The genotype in its normal form; raises GenotypeError where no network can be built from it.
 
     ops: the names of the operations that exist, such as operations.OPS; None means KNOWN_OPS, and
-    () any names, for who only draws.
+    () accepts any name, which is enough for drawing.
     Normal form: edges a list of tuples, concat a range where it counts upwards by one, else a list.
     """
     if getattr(genotype, "_fields", None) != Genotype._fields:

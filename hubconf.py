@@ -17,6 +17,7 @@ import genotypes as _genotypes
 import model as _model
 import model_search as _model_search
 from harness import files as _files
+from harness import trainings as _trainings
 from operations import OPS as _OPS
 from tas import found as _found
 from utils import UserError as _UserError
@@ -24,22 +25,34 @@ from utils import UserError as _UserError
 dependencies = ["torch", "torchvision", "numpy"]
 
 
-def pc_darts_cifar(num_classes=10, auxiliary=False, weights=None, C=36, layers=20, genotype=None):
+def pc_darts_cifar(
+    num_classes=None, auxiliary=None, weights=None, C=None, layers=None, genotype=None
+):
     """NetworkCIFAR; forward(x) -> (logits, logits of the auxiliary head or None).
 
-    genotype: as --arch of train.py: a name, genotype.json, run folder or text. None: that of the
-    run whose weights are given, else PC_DARTS_cifar.
+    genotype: as --arch of train.py: a name, genotype.json, run folder or text. What is None is that
+    of the run whose weights are given, else as published: PC_DARTS_cifar, 10 classes, 36 channels,
+    20 layers; no auxiliary head.
     """
+    given = dict(num_classes=num_classes, auxiliary=auxiliary, C=C, layers=layers)
+    published = dict(num_classes=10, auxiliary=False, C=36, layers=20)
     cell = _cell(genotype, weights, "PC_DARTS_cifar")
-    return _loaded(_model.NetworkCIFAR(C, num_classes, layers, auxiliary, cell), weights)
+    sizes = _sizes(given, weights, published)
+    return _loaded(_model.NetworkCIFAR(genotype=cell, **sizes), weights)
 
 
 def pc_darts_imagenet(
-    num_classes=1000, auxiliary=False, weights=None, C=48, layers=14, genotype=None
+    num_classes=None, auxiliary=None, weights=None, C=None, layers=None, genotype=None
 ):
-    """NetworkImageNet, PC_DARTS_image; the arguments are those of pc_darts_cifar."""
+    """NetworkImageNet; as pc_darts_cifar.
+
+    As published: PC_DARTS_image, 1000 classes, 48 channels, 14 layers.
+    """
+    given = dict(num_classes=num_classes, auxiliary=auxiliary, C=C, layers=layers)
+    published = dict(num_classes=1000, auxiliary=False, C=48, layers=14)
     cell = _cell(genotype, weights, "PC_DARTS_image")
-    return _loaded(_model.NetworkImageNet(C, num_classes, layers, auxiliary, cell), weights)
+    sizes = _sizes(given, weights, published)
+    return _loaded(_model.NetworkImageNet(genotype=cell, **sizes), weights)
 
 
 def supernet(num_classes=10, weights=None, C=16, layers=8, **variant):
@@ -68,14 +81,24 @@ def _cell(genotype, weights, published):
     Another one than the run's would take the weights, too, where its convolutions are the same.
     """
     cell = None if genotype is None else _genotypes.load(genotype, _OPS)
-    path = _Path(weights or "")
-    own = (path if path.is_dir() else path.parent) / "genotype.json"
+    own = _folder(weights) / "genotype.json"
     if weights is None or not own.exists():
         return _genotypes.load(published, _OPS) if cell is None else cell
     its = _genotypes.load(own, _OPS)
     if cell not in (None, its):
         raise _UserError(f"{weights} has another genotype, {own}: leave the genotype out")
     return its
+
+
+def _sizes(given, weights, published):
+    """The arguments of a network: as given, or of the run of these weights, or as published."""
+    run = {} if weights is None else _trainings.sizes(_folder(weights))
+    return published | run | {name: value for name, value in given.items() if value is not None}
+
+
+def _folder(weights):
+    path = _Path(weights or "")
+    return path if path.is_dir() else path.parent
 
 
 def _loaded(network, weights):

@@ -1,8 +1,8 @@
 """The supernet of PC-DARTS (Xu et al., ICLR 2020): MixedOp (eq. 2), Cell (eq. 3), Network.
 
 This is the paper in code, to be read and changed. FastCell is the same cell with a forward that is
-several times faster: Network builds it where that was written for this very text and both give the
-same figures, which is found out each time (`difference_from_fast`).
+several times faster. Network takes it only if this text is unchanged and both cells give the same
+figures, which it checks each time it is built (`difference_from_fast`).
 """
 
 import functools
@@ -158,7 +158,9 @@ class Network(nn.Module):
         self.edge_norm = edge_norm
 
         variant = dict(k=k, sampling=sampling, primitives=self.primitives)
-        self.why_plain = difference_from_fast(C, steps, multiplier, variant) if fused else "asked"
+        self.why_plain = "fused=False"
+        if fused:
+            self.why_plain = difference_from_fast(C, steps, multiplier, variant)
         self.fused = self.why_plain is None
         make_cell = functools.partial(FastCell if self.fused else Cell, steps, multiplier)
         self.layout = None  # memory format of the maps; None: channels_last in the fast form
@@ -246,7 +248,8 @@ class Network(nn.Module):
     def genotype(self, max_skip=None):
         """The cells: of each node the two best edges, on each the best op other than none.
 
-        DARTS, section 2.4. An op's score is softmax(alpha) * softmax(beta); of equals the first.
+        DARTS, section 2.4. An op's score is softmax(alpha) * softmax(beta); ties go to the
+        lower index.
         max_skip: at most so many skip_connects in the normal cell: as long as there are more, the
         one with the smallest softmax(alpha) is taken out and the cell derived again (P-DARTS,
         section 3.3).

@@ -125,7 +125,7 @@ class FactorizedReduce(nn.Module):
 class StemConv(nn.Conv2d):
     """A convolution whose weight has a contiguous gradient, whatever the memory format of x.
 
-    DARTS's second-order step takes all of them as flat views.
+    The Architect of DARTS calls .view(-1) on every gradient, which fails on a channels_last one.
     """
 
     def forward(self, x):

@@ -14,7 +14,7 @@ from torch import nn
 
 import genotypes
 import utils
-from harness import costs, data, files, flags, imagenet, loops, script
+from harness import costs, data, distributed, files, flags, imagenet, loops, script
 from model import build
 from operations import OPS
 from tas import found
@@ -24,14 +24,14 @@ INHERITED = ("data", "set", "input_size", "init_channels", "layers", "stem", "au
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_common_arguments(parser, batch_size=96)
     add = parser.add_argument
     add("--model_path", required=True, help="run folder, checkpoint or weights file")
     add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")
     add("--init_channels", type=flags.count, default=36, help="channels C of the first cell")
     add("--layers", type=flags.depth, default=20, help="cells")
-    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
+    flags.add_stem_argument(parser)
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
     add("--workers", type=flags.natural, default=4, help="processes that read ImageNet's images")
     given = parser.parse_args()
@@ -84,7 +84,7 @@ def main(args):
     else:
         with utils.user_errors(genotypes.GenotypeError):
             genotype = genotypes.load(args.arch or folder, OPS)
-    device = flags.choose_device(args)
+    device = distributed.alone(args)
     log = files.start_log()
     log.info(flags.describe(device))
     test, classes, size = test_images(args, about, device)

@@ -14,27 +14,26 @@ import torch
 from torch import nn
 
 import utils
-from harness import costs, data, files, flags, loops, script, trainings, tuning
+from harness import costs, data, distributed, files, flags, loops, script, trainings, tuning
 from harness.runs import Run, load_genotype
 from model import build
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_common_arguments(parser, batch_size=96)
     flags.add_learning_arguments(
         parser, epochs=600, init_channels=36, layers=20, learning_rate=0.025
     )
     flags.add_training_arguments(parser, weight_decay=3e-4, drop_path_prob=0.3)
     flags.add_cutout_arguments(parser)
-    stems = ["cifar", "imagenet"]
-    parser.add_argument("--stem", default="cifar", choices=stems, help="imagenet: an eighth")
+    flags.add_stem_argument(parser)
     return flags.parse_args(parser)
 
 
 def main(args):
     genotype = load_genotype(args)
-    device = flags.choose_device(args)
+    device = distributed.alone(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
     dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)

@@ -19,14 +19,16 @@ from model import NetworkImageNet
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_imagenet_arguments(parser, seed=0, workers=32)
     flags.add_learning_arguments(parser, epochs=250, init_channels=48, layers=14, learning_rate=0.5)
     flags.add_training_arguments(parser, weight_decay=3e-5, drop_path_prob=0.0)
     add = parser.add_argument
     add("--classes", type=flags.count, help="outputs; None: as many as there are class folders")
     add("--lr_scheduler", default="linear", choices=["linear", "cosine"], help="of learning_rate")
-    add("--label_smooth", type=flags.fraction, default=0.1, help="share of the other classes")
+    add("--label_smooth", type=flags.fraction, default=0.1,
+        help="share of the target that is spread evenly over all classes")  # fmt: skip
+    parser.set_defaults(report_freq=100)
     return flags.parse_args(parser)
 
 

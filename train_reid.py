@@ -31,8 +31,9 @@ from reid.flags import (
     parse_args,
     whole_numbers,
 )
-from reid.loader import Loader, retrieve
-from reid.model import RESNETS, ReIDNetwork, ResNet, check_size, multiply_adds
+from reid.loader import Loader, reranked, retrieve
+from reid.model import RESNETS, multiply_adds
+from reid.trained import build
 
 DIGITS = dict(height=64, width=32, layers="1,1,1", init_channels=8, embedding=32, identities=10)
 DIGITS |= dict(instances=8, epochs=100, eval_freq=50, learning_rate=0.01, warm_up=5)
@@ -43,7 +44,7 @@ INHERITED += ("identities", "instances")  # the size of a batch: the same figure
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add_arguments(parser, epochs=120, learning_rate=3.5e-4)
     add = parser.add_argument
     add("--arch", default="REID_SEARCH",
@@ -55,7 +56,8 @@ def get_args():
     add("--milestones", type=milestones, default="40,70", help="epochs; each divides it by ten")
     add("--warm_up", type=flags.natural, default=10, help="epochs, from a tenth of learning_rate")
     add("--weight_decay", type=flags.non_negative, default=5e-4, help="of Adam")
-    add("--label_smooth", type=flags.fraction, default=0.1, help="share of the other identities")
+    add("--label_smooth", type=flags.fraction, default=0.1,
+        help="share of the target that is spread evenly over all identities")  # fmt: skip
     add("--no_erasing", action="store_true", help="cut nothing out of the images")
     add("--drop_path_prob", type=flags.fraction, default=0.0, help="at the end; grows from 0")
     return parse_args(parser, DIGITS, INHERITED)
@@ -77,7 +79,7 @@ def main(args):
     augment = dict(flip=args.set != "digits", erase=not args.no_erasing)
     train = Loader(people.train, labels, batches, size, device, args.workers, **augment)
 
-    network = build(args, genotype, len(identities), train.smallest())
+    network = build(args.arch, genotype, len(identities), vars(args), train.smallest())
     macs = multiply_adds(network, *size) / 1e6
     network.to(device)
     model = distributed.wrap(network, device, args)
@@ -91,7 +93,7 @@ def main(args):
     about = dict(classes=identities.tolist(), images=data.digest(people), multiply_adds_m=macs)
     about |= dict(result="rank1", drawn=["mAP"])
     about["parameters_m"] = utils.count_parameters_in_MB(network)
-    run = Run("eval", args, device, parts, {"tested": {}}, genotype, **about)
+    run = Run("eval", args, device, parts, genotype=genotype, **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
@@ -111,11 +113,11 @@ def main(args):
             log.info("%s", line("retrieval", tested))
         report(run, args, lr, figures, tested)
         scheduler.step()  # after the retrieval, in which a signal may end the run
-        run.epoch_done(tested=tested)
+        run.epoch_done()
 
     found = {"": last or retrieve(network, people, args, device, run)}
     if args.rerank:
-        found["re-ranked"] = retrieve(network, people, args, device, run, rerank=True)
+        found["re-ranked"] = reranked(found[""], people)
     if is_main():
         pictures.save(folder, people, found, log, args.report)
         files.save(network.state_dict(), folder / "weights.pt")  # the last: it says "finished"
@@ -137,18 +139,6 @@ def part_aware_genotype(args):
         else:
             genotype = load_genotype(args)
         return genotypes.check(genotype, genotypes.PRIMITIVES_REID)
-
-
-def build(args, genotype, classes, images):
-    """The network; images: the fewest in a step."""
-    layers = whole_numbers(args.layers)
-    with utils.user_errors(ValueError):
-        if genotype is None:
-            network = ResNet(args.arch, classes, args.embedding)
-        else:
-            network = ReIDNetwork(args.init_channels, classes, layers, genotype, args.embedding)
-        check_size(network, layers, args.height, args.width, images)
-    return network
 
 
 def factor(epoch, args):
@@ -175,14 +165,15 @@ def test(args, people, genotype, device):
     classes = files.read_args(folder).get("classes")
     if not isinstance(classes, list):
         raise utils.UserError(f"{folder}/args.json is damaged: it names no classes")
-    network = build(args, genotype, len(classes), 2)
+    network = build(args.arch, genotype, len(classes), vars(args))
     files.load_weights(network, state, path)
     network.to(device)
     log.info("%s", flags.describe(device))
     introduce(log, args, people, classes, genotype)
-    for rerank in (False, True)[: 1 + args.rerank]:
-        found = retrieve(network, people, args, device, rerank=rerank)
-        log.info("%s", line(f"{path}{', re-ranked' * rerank}", found.figures))
+    found = retrieve(network, people, args, device)
+    log.info("%s", line(path, found.figures))
+    if args.rerank:
+        log.info("%s", line(f"{path}, re-ranked", reranked(found, people).figures))
 
 
 def introduce(log, args, people, identities, genotype):

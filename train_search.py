@@ -18,7 +18,7 @@ from torch import nn
 import fused
 import utils
 from architect import Architect
-from harness import costs, data, flags, forms, loops, script, searches
+from harness import costs, data, distributed, flags, forms, loops, script, searches
 from harness.runs import Run
 
 DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, arch_learning_rate=3e-4)
@@ -30,15 +30,17 @@ def flags_of(defaults):
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_common_arguments(parser, batch_size=256)
     flags.add_learning_arguments(parser, epochs=50, init_channels=16, layers=8, learning_rate=0.1)
     flags.add_search_arguments(parser, begin=15, k=4, arch_learning_rate=6e-4)
     flags.add_cutout_arguments(parser)
     parser.set_defaults(seed=2)
     add = parser.add_argument
-    add("--train_portion", type=flags.fraction, default=0.5, help="share of the weights' images")
-    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
+    add("--train_portion", type=flags.fraction, default=0.5,
+        help="share of the training images that train the weights; the others train alphas and "
+        "betas")  # fmt: skip
+    flags.add_stem_argument(parser)
     add("--darts", action="store_true", help="the defaults of DARTS: " + flags_of(DARTS))
     if "--darts" in sys.argv[1:]:
         parser.set_defaults(**DARTS)
@@ -46,7 +48,7 @@ def get_args():
 
 
 def main(args):
-    device = flags.choose_device(args)
+    device = distributed.alone(args)
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
 
     dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
@@ -105,10 +107,9 @@ def main(args):
         run.epoch_done()
 
     searches.finish(run, args, model, held_out, "the validation half")
-    aids = (
-        " --auxiliary --cutout" if train_half.images.shape[1] >= 32 else ""
-    )  # head and square fit
-    more = aids + flags.same_data(args)
+    more = flags.same_data(args) + " --stem imagenet" * (args.stem == "imagenet")
+    if train_half.images.shape[1] >= (224 if args.stem == "imagenet" else 32):
+        more = " --auxiliary --cutout" + more  # which fit
     log.info("train it: python train.py --arch %s%s", shlex.quote(str(run.folder)), more)
 
 

@@ -25,7 +25,7 @@ from harness.runs import Run
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_imagenet_arguments(parser, seed=2, workers=4)
     flags.add_learning_arguments(parser, epochs=50, init_channels=16, layers=8, learning_rate=0.5)
     flags.add_search_arguments(parser, begin=35, k=2, arch_learning_rate=6e-3)
@@ -114,10 +114,10 @@ def main(args):
         run.epoch_done()
 
     searches.finish(run, args, model, held_out, "the images of alphas and betas")
-    log.info(
-        "train it: python train_imagenet.py --arch %s --auxiliary --tmp_data_dir %s",
-        shlex.quote(str(folder)), shlex.quote(args.tmp_data_dir),
-    )  # fmt: skip
+    more = f" --tmp_data_dir {shlex.quote(args.tmp_data_dir)}"
+    more += f" --input_size {args.input_size}" * (args.input_size != 224)
+    more += " --auxiliary" * (args.input_size >= 224)
+    log.info("train it: python train_imagenet.py --arch %s%s", shlex.quote(str(folder)), more)
 
 
 if __name__ == "__main__":

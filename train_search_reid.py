@@ -39,7 +39,7 @@ DIGITS |= dict(instances=4, epochs=20)
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add_arguments(parser, epochs=200, learning_rate=0.1)
     add = parser.add_argument
     add("--k", type=flags.count, default=1, help="1/k of the channels go through the operations")

@@ -28,7 +28,7 @@ SCHEDULES = {"linear": losses.linear_temperature, "cosine": losses.cosine_temper
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_common_arguments(parser, batch_size=256)
     add = parser.add_argument
     add("--depth", type=flags.depth, default=20, help="layers: 20, 32, 56, 110 or another 6n + 2")

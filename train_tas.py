@@ -24,7 +24,7 @@ from tas.pictures import write_report
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     flags.add_common_arguments(parser, batch_size=256)
     add = parser.add_argument
     add("--arch", default="unpruned", help="tas.json, folder with one, its text, or unpruned")

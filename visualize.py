@@ -18,7 +18,7 @@ from tas import pictures as tas_pictures
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("what", nargs="+", help="name in genotypes.py, genotype.json, tas.json, text, run folders")
     kinds = ["png", "svg", "pdf"]
@@ -37,8 +37,11 @@ def main(args):
         what = folders[are_runs.index(False)]
         raise utils.UserError(f"{what} is no run folder: several can be compared if all are")
     if args.dot or not any(are_runs):
-        if len(folders) > 1 or args.animate:
-            raise utils.UserError("--dot takes one cell, --animate a run folder: leave one out")
+        if args.animate:
+            hint = "leave --dot out" if args.dot else "give one"
+            raise utils.UserError(f"--animate takes the folder of a search: {hint}")
+        if len(folders) > 1:
+            raise utils.UserError("--dot takes one cell: give one")
         if tas_pictures.is_network(args.what[0]) and not args.dot:
             figure = tas_pictures.network(args.what[0])
             print(drawing.save(figure, (out or Path()) / f"tas-network.{args.format or 'png'}"))

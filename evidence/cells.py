@@ -33,7 +33,7 @@ WATCHED += ["beta_entropy_normal", "beta_entropy_reduce"]
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--root", default="runs/cells", help="folder of all runs and of the results")
     add("--data", default="../data", help="folder of the data set")
@@ -57,7 +57,8 @@ def main(args):
     root, names = files.expanded(args.root), args.cells.split(",")
     with utils.user_errors(genotypes.GenotypeError):  # now, not after days
         for name in names:
-            name == "found" or genotypes.load(name, OPS)
+            if name != "found":
+                genotypes.load(name, OPS)
     images, of = args.data, ""
     if args.every > 1:
         if args.set != "folder":

@@ -19,7 +19,7 @@ DATA = ("data", "tmp_data_dir")  # flags that name the data's folder
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument("run", help="folder of a search or training")
     parser.add_argument("dest", help="folder to make, such as evidence/NAME")
     kinds = ["png", "svg", "none"]

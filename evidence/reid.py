@@ -18,7 +18,7 @@ FIGURES = ("mAP", "rank1", "rank5", "rank10", "rank20")
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--root", default="runs/reid", help="folder of the runs, a new one for other flags")
     add("--data", default="../data", help="folder of the data set")

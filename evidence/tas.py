@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--root", default="runs/tas", help="folder of the runs and of the results")
     add("--set", default="folder", help="as of the scripts: folder, cifar10, cifar100, digits")

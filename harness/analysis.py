@@ -39,7 +39,8 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
     alphas = [tensor for tensor in model.arch_parameters() if tensor.dim() == 2]
     gradients, training = Gradients(model, graphs=False), model.training
     statistics = [buffer for buffer in model.buffers() if not buffer.requires_grad]
-    kept = [tensor.detach().clone() for tensor in [*alphas, *statistics]]
+    kept = [tensor.detach().clone() for tensor in alphas]
+    kept_statistics = [tensor.clone() for tensor in statistics]
     generator = torch.Generator().manual_seed(0)
     v = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a in alphas]
     model.train()
@@ -51,7 +52,7 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
             v = [part / norm for part in v]
             sides = []
             for sign in (1, -1):
-                there = [a + sign * step * part for a, part in zip(kept, v)]  # noqa: B905
+                there = [a + sign * step * part for a, part in zip(kept, v, strict=True)]
                 copy_into(there, alphas)
                 sides.append(gradients(alphas, input, target)[2])
             product = [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
@@ -59,5 +60,5 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
             v = product
         return float(value)  # the Rayleigh quotient
     finally:
-        copy_into(kept, [*alphas, *statistics])
+        copy_into([*kept, *kept_statistics], [*alphas, *statistics])
         model.train(training)

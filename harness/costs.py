@@ -18,6 +18,11 @@ from model import build
 from model_search import Network
 from operations import OPS
 
+FEW = (
+    "a step of 1 image, the last of an epoch perhaps, is too small for batch norm on maps of "
+    "1 x 1: give another --batch_size"
+)
+
 
 def check_size(model, size, images=2):
     """Raises ValueError where `model`, in its mode, cannot read images of size x size.
@@ -35,8 +40,8 @@ def check_size(model, size, images=2):
     why = reason(size)
     if why is None:
         return
-    if "more than 1 value per channel" in why:
-        why = f"a step of {images} image is too small for batch norm there"
+    if "more than 1 value per channel" in why:  # an image whose last map is 1 x 1
+        raise ValueError(FEW)
     if "meta" in why:  # a tensor that did not move with its module
         raise ValueError(f"{why}: register the tensors of your operations as buffers")
     fits = (side for side in range(size + 4 - size % 4, size + 257, 4) if reason(side) is None)
@@ -251,7 +256,7 @@ def get_args_supernet():
     add("--layers", type=flags.depth, default=8, help="cells")
     add("--steps", type=flags.count, default=4, help="nodes of a cell")
     add("--input_size", type=flags.count, default=32, help="side of the images in pixels")
-    add("--stem", default="cifar", choices=["cifar", "imagenet"], help="imagenet: an eighth")
+    flags.add_stem_argument(parser)
     add("--recompute", action="store_true", help="as of train_search.py")
     return parser.parse_args()
 

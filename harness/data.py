@@ -347,7 +347,7 @@ class Batches:
     def smallest(self):
         """The fewest images that a process has in a step of a training."""
         fewest = len(self.labels) % self.batch_size or self.batch_size
-        return max(1, min(fewest, len(self.labels)) // distributed.world_size())
+        return max(1, fewest // distributed.world_size())
 
     def forever(self):
         """Batches without end, epoch after epoch."""
@@ -376,7 +376,7 @@ class Batches:
         draws = torch.stack(draws)
         if size >= distributed.world_size() or not self.shuffle:
             draws = draws[:, distributed.rank() :: distributed.world_size()]
-            size = draws.shape[1]  # in evaluation perhaps none; of so few training takes all
+            size = draws.shape[1]  # may be 0 in evaluation
         if self.device.type == "cuda":
             draws = draws.pin_memory()  # one copy that the host does not wait for
         index, *draws = draws.to(self.device, non_blocking=True).unbind()

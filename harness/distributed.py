@@ -33,19 +33,26 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    _talk.append(dist.new_group(backend="gloo"))
+    _cpu_group.append(dist.new_group(backend="gloo"))
     return device
 
 
-_talk = []  # the group of all processes for messages that no GPU waits for, once there is one
+def alone(args):
+    """The device of a script that is one process; UserError where torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
+        raise utils.UserError("this script is one process: start it with python, not with torchrun")
+    return flags.choose_device(args)
 
 
-def agree(number):
+_cpu_group = []  # of all processes, for messages that no GPU waits for; once there is one
+
+
+def maximum(number):
     """The largest of the integers that the processes give, in every one of them."""
     if world_size() == 1:
         return int(number)
     largest = torch.tensor(int(number))
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_talk[0] if _talk else None)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_cpu_group[0] if _cpu_group else None)
     return int(largest)
 
 
@@ -53,7 +60,7 @@ def leave(code):
     """Ends this process; among many without a last word to the others, which do the same."""
     sys.stdout.flush()
     if world_size() > 1:
-        dist.barrier(group=_talk[0] if _talk else None)  # the checkpoint is written
+        dist.barrier(group=_cpu_group[0] if _cpu_group else None)  # the checkpoint is written
         os._exit(code)
     sys.exit(code)
 
@@ -144,7 +151,9 @@ def averaged(gradients):
 
 def check_equal(tensors, what):
     """Raises UserError, in every process, where the tensors differ by a bit between two."""
-    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).double().cpu()
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu().double()
     for other, theirs in enumerate(gather(flat.view(torch.int64).tolist())):
         if theirs != flat.view(torch.int64).tolist():
             pair = sorted((rank(), other))

@@ -6,6 +6,7 @@ import random
 import zlib
 from typing import NamedTuple
 
+from harness.files import MEND
 from harness.flags import need
 from utils import UserError
 
@@ -46,7 +47,7 @@ def writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): give another --out") from None
+        raise UserError(f"cannot write {path} ({error.strerror}): {MEND}") from None
 
 
 def colour(op):

@@ -18,7 +18,8 @@ import torch
 from harness import script
 from utils import UserError
 
-FORMAT = 1  # of checkpoints and args.json; raised when an older reader could not use them
+FORMAT = 1  # of checkpoints and args.json; to be increased when older code could not read them
+MEND = "free some space there, make it writable, or name another folder"
 
 
 def expanded(path):
@@ -153,8 +154,7 @@ def write(path, content, previous=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        hint = "free some space or give another --save"
-        raise UserError(f"cannot write {path} ({error.strerror}): {hint}") from None
+        raise UserError(f"cannot write {path} ({error.strerror}): {MEND}") from None
 
 
 def load(path, device="cpu"):

@@ -12,12 +12,18 @@ from harness.files import read_args
 from utils import UserError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 class Parser(argparse.ArgumentParser):
-    """Argparse with defaults in the help, no abbreviated flags, and errors of one line."""
+    """Argparse with defaults in the help, no abbreviated flags, and errors of one line.
+
+    description: the docstring of the script, which --help shows as it is.
+    """
 
     def __init__(self, description):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
         message = " ".join(message.split())
@@ -79,8 +85,10 @@ def add_common_arguments(parser, batch_size):
     add("--set", default="cifar10", help="cifar10, cifar100, folder or digits (needs no files)")
     add("--input_size", type=count, help="side of the images in pixels; None: the set's own")
     add("--batch_size", type=count, default=batch_size, help="images in a step")
-    add("--mean", type=colour, metavar="R,G,B", help="of all pixels, 0..1; None: CIFAR's, computed")
-    add("--std", type=colour, metavar="R,G,B", help="as --mean")
+    add("--mean", type=colour, metavar="R,G,B",
+        help="of each channel, pixels scaled to 0..1; None: the published one of CIFAR, else "
+        "computed from the training images")  # fmt: skip
+    add("--std", type=colour, metavar="R,G,B", help="standard deviation, as --mean")
     add_machine_arguments(parser)
 
 
@@ -94,7 +102,7 @@ def add_imagenet_arguments(parser, seed, workers):
     add("--workers", type=natural, default=workers, help="processes that read images, of each GPU")
     add("--note", default="try", help="a word for the log")
     add_machine_arguments(parser, gpu=None)
-    parser.set_defaults(report_freq=100, seed=seed)
+    parser.set_defaults(seed=seed)
 
 
 def add_machine_arguments(parser, gpu=0):
@@ -146,7 +154,8 @@ def add_search_arguments(parser, begin, k, arch_learning_rate):
 def add_training_arguments(parser, weight_decay, drop_path_prob):
     """The flags that the trainings of a discrete network share."""
     add = parser.add_argument
-    add("--arch", default="PCDARTS", help="name in genotypes.py, genotype.json, run folder or text")
+    add("--arch", default="PCDARTS",
+        help="name in genotypes.py, random:SEED, genotype.json, run folder or text")  # fmt: skip
     add("--weight_decay", type=non_negative, default=weight_decay, help="of SGD")
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
     add("--auxiliary_weight", type=non_negative, default=0.4, help="of its loss")
@@ -158,6 +167,14 @@ def add_training_arguments(parser, weight_decay, drop_path_prob):
     add("--layout", default="auto", choices=layouts,
         help="memory format of all maps; auto: channels_last on a CPU, on a GPU the faster of both "
         "in a few steps before the first")  # fmt: skip
+
+
+def add_stem_argument(parser):
+    """Which stem networks on CIFAR-size images have."""
+    parser.add_argument(
+        "--stem", default="cifar", choices=["cifar", "imagenet"],
+        help="imagenet: the cells begin at an eighth of the image's side, for large images",
+    )  # fmt: skip
 
 
 def add_cutout_arguments(parser):
@@ -173,7 +190,9 @@ def add_run_arguments(parser, epochs, learning_rate):
     add("--seed", type=natural, default=seed, help="of every random number")
     add("--epochs", type=count, default=epochs, help="epochs of the training images")
     add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
-    add("--grad_clip", type=positive, default=5.0, help="the largest norm of the weights' gradient")
+    add("--grad_clip", type=positive, default=5.0,
+        help="the largest norm of the weights' gradient; in the searches on ImageNet and of "
+        "Auto-ReID of that of alphas and betas, too")  # fmt: skip
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--save", default="EXP", help="name of the run, in the name of its folder")
     add("--resume", metavar="FOLDER", help="go on with the run in this folder")
@@ -292,7 +311,8 @@ def same_data(args):
     more = "" if args.set == "cifar10" else f" --set {args.set}"
     if args.data != "../data" and args.set != "digits":
         more += f" --data {shlex.quote(args.data)}"
-    return more + (f" --input_size {args.input_size}" if args.input_size else "")
+    given = {name: getattr(args, name) for name in ("input_size", "mean", "std")}
+    return more + "".join(f" --{name} {value}" for name, value in given.items() if value)
 
 
 def choose_device(args):

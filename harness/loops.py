@@ -16,7 +16,7 @@ from utils import AverageMeter, UserError, accuracy
 class Figures:
     """Loss, top-1 and top-5 of an epoch, and its speed; shows them as it goes.
 
-    run: a runs.Run, whose epoch this is; None where figures are but looked at. With a run that was
+    run: a runs.Run, whose epoch this is; None outside a run (test.py). With a run that was
     resumed in the middle of an epoch they go on from there.
     """
 

@@ -116,7 +116,7 @@ def count(fused, batch_size, C=16, layers=8, size=32):
 
 
 def get_args():
-    parser = flags.Parser(__doc__.split("\n")[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument("--batch_size", type=flags.count, default=256, help="images in a step")
     return parser.parse_args()
 

@@ -53,7 +53,7 @@ class Record(NamedTuple):
 
     @property
     def accuracy(self):
-        """The column whose last value is the result: on the test images, of a search training.
+        """The column whose last value is the result: test accuracy, of a search that in training.
 
         A script may name another in args.json, whose values may be NaN where nothing was tested,
         and under "drawn" one more for the curves.
@@ -317,12 +317,13 @@ def compare(runs, path):
             plots.line(
                 accuracy, [value for _, value in run.measured], label, color, epochs, **style
             )
-    for axis, title in ((loss, "loss"), (accuracy, "top-1 accuracy (%)")):
+    results = ", ".join(sorted({run.about.get("result", "top-1 accuracy") for run in runs}))
+    for axis, title in ((loss, "loss"), (accuracy, f"{results} (%)")):
         plots.epochs_axis(axis, max(len(run.rows) for run in runs))
         axis.set_title(title)
     accuracy.legend(frameon=False, title="--save (runs)")
     parts.append(
-        "<p>Of trainings on the test or validation images, of searches on the training half.</p>"
+        "<p>On the test or validation images where a run measured it there, else in training.</p>"
     )
     parts.append(image(figure, "loss and accuracy of all runs"))
     page(path, "Comparison", parts)

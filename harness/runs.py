@@ -25,7 +25,7 @@ from operations import OPS
 from utils import UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
-IMPATIENT = 2  # seconds; sooner a second signal is the first again, which torchrun passes on, too
+IMPATIENT = 2  # seconds within which a second signal is torchrun repeating the first
 RECORDS = ("metrics.csv", "genotypes.jsonl", "widths.jsonl")  # a checkpoint holds them as they were
 
 
@@ -185,11 +185,11 @@ class Run:
         """After each step: saves every --save_every minutes; ends where a signal asks for it."""
         self.figures = figures
         due = time.monotonic() - self.saved_at > 60 * self.minutes
-        wish = distributed.agree(max(self.signal, due))
-        if wish:
+        number, due = divmod(distributed.maximum(2 * self.signal + due), 2)  # one message for both
+        if number or due:
             self.save()
-        if wish > 1:
-            self._stop(wish)
+        if number:
+            self._stop(number)
 
     def evaluating(self):
         """After each step of an evaluation, which a resumed run makes again."""
@@ -249,10 +249,10 @@ class Run:
                     self.write_report(self.folder)
                 else:
                     report.write(report.read(self.folder), self.folder / "report.html")
-            except utils.UserError as error:  # no reason to end the run
+            except Exception as error:  # of matplotlib or of the disk: no reason to end the run
                 self.log.warning("no report.html: %s", error)
-        if wish := distributed.agree(self.signal):
-            self._stop(wish)
+        if number := distributed.maximum(self.signal):
+            self._stop(number)
 
     def save(self):
         """Writes the checkpoint; the one before stays beside it."""

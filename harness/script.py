@@ -73,12 +73,14 @@ def keep_memory():
 
 
 def _out_of_memory(args):
-    used = {name: getattr(args, name, None) for name in ("batch_size", "k")}
-    used = ", ".join(f"{name} {value}" for name, value in used.items() if value is not None)
+    batch, sizes = ["batch_size", "identities", "instances"], ["init_channels", "input_size"]
+    lower = [f"--{name}" for name in [*batch, *sizes, "height"] if hasattr(args, name)]
+    used = {name: getattr(args, name) for name in [*batch, "k"] if hasattr(args, name)}
     hints = {"recompute": "give --recompute", "amp": "give --amp", "k": "raise --k"}
     hints = [text for name, text in hints.items() if hasattr(args, name)]
-    hints = ", or ".join(["lower --batch_size, --init_channels or --input_size", *hints])
-    return f"out of memory with {used}: {hints}"
+    hints = [f"lower {' or '.join(lower)}"] * bool(lower) + hints or ["use a larger machine"]
+    used = ", ".join(f"{name} {value}" for name, value in used.items())
+    return f"out of memory{f' with {used}' if used else ''}: {', or '.join(hints)}"
 
 
 unsaved_runs = []  # folders of this process that hold no checkpoint yet
@@ -91,7 +93,7 @@ def _fail(message, code):
     message = " ".join(str(message).split())
     who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
     if dist.is_initialized() and dist.get_rank() > 0:
-        time.sleep(3)  # where process 0 says the same, this one is ended before it does
+        time.sleep(3)  # so that where process 0 says the same, its message ends the job first
     print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()

@@ -28,7 +28,8 @@ def introduce(log, args, model, measured=None):
         log.info("%s", measured)
     form = "in their fast form"
     if not model.fused:
-        form = f"as model_search.py has them ({model.why_plain})"
+        why = f" ({model.why_plain})" if model._arguments["fused"] else ""  # else --form says so
+        form = f"as model_search.py has them{why}"
     form += ", in NCHW" * (model.layout == torch.contiguous_format)
     log.info(
         "supernet: %.6f M weights, K = %d, cells %s",

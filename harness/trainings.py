@@ -2,6 +2,24 @@
 
 import genotypes
 import utils
+from harness import files
+
+
+def sizes(folder):
+    """{"C", "num_classes", "layers", "auxiliary"} of the network that a run trains.
+
+    {} where the folder is no run of train.py or train_imagenet.py; UserError where its args.json is
+    damaged.
+    """
+    about = files.read_args(folder)
+    if about.get("script") not in ("train", "train_imagenet"):
+        return {}
+    args, classes = about["args"], about.get("classes")
+    found = {"C": args.get("init_channels"), "layers": args.get("layers")}
+    found["num_classes"] = args.get("classes") or (isinstance(classes, list) and len(classes))
+    if not all(type(size) is int and size > 0 for size in found.values()):
+        raise utils.UserError(f"{folder}/args.json is damaged, in init_channels, layers or classes")
+    return found | {"auxiliary": args.get("auxiliary") is True}
 
 
 def introduce(run, network, genotype, more=""):

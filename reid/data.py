@@ -6,7 +6,6 @@ different people in all of them but `digits`.
 
 import hashlib
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,15 +38,15 @@ class ReIDSet(NamedTuple):
     note: str  # one line for the log: what the set is
 
 
-def load(name, root=None, digits=DIGITS):
-    """The ReIDSet `name`, one of SETS, of the folder `root`, or for digits of the file `digits`.
+def load(name, root=None):
+    """The ReIDSet `name`, one of SETS, of the folder `root`; digits need none.
 
     Raises UserError where it is unknown, missing or cannot be evaluated.
     """
     if name not in SETS:
         raise UserError(f"unknown set {name!r}: use one of {', '.join(SETS)}")
     if name == "digits":
-        return read_digits(digits)
+        return read_digits()
     if root is None:
         raise UserError(f"{name} is read from a folder: give --data")
     root = expanded(root)
@@ -255,34 +254,6 @@ def halves(images, seed=0, least=2):
                         f"have the {2 * least} images that it takes, give two or more")  # fmt: skip
     parts = [select(images, np.sort(np.concatenate(part))) for part in (first, second)]
     return *parts, out
-
-
-class ImageDataset(torch.utils.data.Dataset):
-    """Images, decoded when asked for: (x (3, height, width) uint8, id, camera) of an index."""
-
-    def __init__(self, images, height, width):
-        self.images, self.size = images, (height, width)
-
-    def __len__(self):
-        return len(self.images.ids)
-
-    def __getitem__(self, i):
-        x = decode(self.images.images[i], *self.size)
-        x = torch.from_numpy(x).permute(2, 0, 1).contiguous()
-        return x, int(self.images.ids[i]), int(self.images.cameras[i])
-
-
-def read(images, height, width):
-    """All images as (N, height, width, 3) uint8, bilinear; for sets that fit into memory."""
-    result = np.empty((len(images.ids), height, width, 3), np.uint8)
-
-    def place(i):
-        result[i] = decode(images.images[i], height, width)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(place, range(len(result))):
-            pass  # raises what a thread raised
-    return result
 
 
 def decode(image, height, width):

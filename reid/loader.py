@@ -13,7 +13,7 @@ from utils import UserError, user_errors
 
 from . import metrics
 from .data import decode
-from .rerank import rerank as reranked
+from .rerank import rerank
 
 # Zhong et al., Random Erasing Data Augmentation, AAAI 2020; what is cut out is the mean colour.
 ERASING = v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.33))
@@ -52,6 +52,8 @@ def make(samples, workers, device, **how):
 
 class Loader(imagenet.Loader):
     """The batches of a PKBatches as x (B, 3, height, width) float32 and labels (B,).
+
+    Of imagenet.Loader it has the iteration and the state; order and size are those of the batches.
 
     An iteration is an epoch, but the first after load_state_dict goes on where the state was taken.
     flip, erase: in half of the images; drawn from seed, epoch, step and process alone, so that a
@@ -133,30 +135,42 @@ def embed(network, images, args, device, run=None):
 class Found(NamedTuple):
     """What a retrieval gave."""
 
+    embeddings: list  # of the queries (Q, D), of the gallery (G, D)
     result: metrics.Retrieval
     figures: dict  # rank1, rank5, rank10, rank20, mAP in percent
     distances: object  # of a list of queries: their rows of the matrix
 
 
-def retrieve(network, people, args, device, run=None, rerank=False):
+def retrieve(network, people, args, device, run=None):
     """The Found of the queries of `people`, a ReIDSet, in its gallery; the same in all processes.
 
-    args as for `embed`. rerank: by k-reciprocal neighbours.
+    args and run as for `embed`.
     """
-    query, gallery = (embed(network, part, args, device, run) for part in people[1:3])
+
+    def evaluate(query, gallery, *labels):
+        result = metrics.evaluate_embeddings(query, gallery, *labels)
+        return result, lambda rows: metrics.distances(query[rows], gallery)
+
+    embeddings = [embed(network, part, args, device, run) for part in people[1:3]]
+    return _found(embeddings, people, evaluate)
+
+
+def reranked(found, people):
+    """The Found of the same embeddings, ranked anew by k-reciprocal neighbours."""
+
+    def evaluate(query, gallery, *labels):
+        matrix = rerank(query, gallery)
+        return metrics.evaluate(matrix, *labels), lambda rows: matrix[rows]
+
+    return _found(found.embeddings, people, evaluate)
+
+
+def _found(embeddings, people, evaluate):
     labels = people.query.ids, people.gallery.ids, people.query.cameras, people.gallery.cameras
-
-    def evaluate():
-        with user_errors(ValueError):
-            if rerank:
-                matrix = reranked(query, gallery)
-                return metrics.evaluate(matrix, *labels), lambda rows: matrix[rows]
-            result = metrics.evaluate_embeddings(query, gallery, *labels)
-            return result, lambda rows: metrics.distances(query[rows], gallery)
-
+    result = distances = None
     if distributed.is_main():
-        result, distances = evaluate()
+        with user_errors(ValueError):
+            result, distances = evaluate(*embeddings, *labels)
     result = distributed.on_main(lambda: result)
     figures = {f"rank{k}": 100 * float(result.cmc[k - 1]) for k in (1, 5, 10, 20)}
-    figures["mAP"] = 100 * result.mAP
-    return Found(result, figures, distances if distributed.is_main() else None)
+    return Found(embeddings, result, figures | {"mAP": 100 * result.mAP}, distances)

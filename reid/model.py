@@ -76,9 +76,8 @@ class ReIDNetwork(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         s0 = s1 = self.stem(x)
         for cell in self.cells:
-            out = cell(s0, s1, self.drop_path_prob)
-            s0, s1 = s1, out.relu()  # a Cell takes ReLU'd states, as the stem's is
-        embeddings, logits = self.head(out)
+            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
+        embeddings, logits = self.head(s1)
         return (embeddings, logits) if self.training else embeddings
 
     def leaves_out_nodes(self):
@@ -123,6 +122,11 @@ def check_size(network, layers, height, width, images):
     try:
         _on_paper(network, images, height, width)
     except (ValueError, RuntimeError) as error:  # of PyTorch: maps that do not fit together
+        if "more than 1 value per channel" in str(error):  # in the head
+            raise ValueError(
+                "a step of 1 image in a process is too small for batch norm: "
+                "raise --identities or --instances"
+            ) from None
         side = 2 ** (len(layers) + 1)  # a quarter behind the stem, and a half with each stage
         raise ValueError(
             f"images of {height} x {width}: {str(error).splitlines()[0]}; for {len(layers)} stages "

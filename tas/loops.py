@@ -45,7 +45,7 @@ def search_epoch(loader, arch_batches, model, optimizer, arch_optimizer, tau, un
 
 
 def taught_by(teacher):
-    """The `forward` of harness.loops.train_epoch: by distillation, but where the teacher is None.
+    """The `forward` of harness.loops.train_epoch: with distillation, or without, teacher None.
 
     args: temperature and distillation, the teacher's share of the loss.
     """

@@ -23,6 +23,7 @@ import recipe
 import reid
 from operations import OPS
 from reid import data, metrics
+from reid.loader import Samples
 from reid.model import LAYERS, Head, ReIDNetwork, ResNet, multiply_adds, reductions
 from reid.supernet import Supernet
 from utils import UserError
@@ -505,8 +506,10 @@ def test_batches_are_the_same_under_any_number_of_workers(workers):
     batches = reid.PKBatches(IDS, 3, 2, seed=9)
     batches.set_epoch(4, step=1)
     images = data.Images(np.zeros((len(IDS), 8, 4, 3), np.uint8), IDS, np.arange(len(IDS)))
-    loader = DataLoader(data.ImageDataset(images, 8, 4), batch_sampler=batches, num_workers=workers)
-    got = [cameras.tolist() for _, _, cameras in loader]  # a camera is the index here
+    loader = DataLoader(
+        Samples(images, np.arange(len(IDS)), 8, 4), batch_sampler=batches, num_workers=workers
+    )
+    got = [places.tolist() for _, places in loader]
     assert got == [batches.batch(4, step).tolist() for step in (1, 2)]
 
 
@@ -552,11 +555,10 @@ def test_market_folders(market, name):
     assert sorted(zip(gallery.ids.tolist(), gallery.cameras.tolist(), strict=True)) == [
         (-1, 2), (0, 4), (3, 2), (3, 12)]  # fmt: skip
     assert [Path(path).name[:4] for path in train.images] == ["0002", "0002", "0007", "0007"]
-    pixels = data.read(query, 16, 8)
-    assert pixels.shape == (1, 16, 8, 3) and abs(int(pixels.mean()) - 10) <= 2
-    x, identity, camera = data.ImageDataset(gallery, 12, 6)[3]
-    assert x.shape == (3, 12, 6) and x.dtype == torch.uint8
-    assert (identity, camera) == (gallery.ids[3], gallery.cameras[3])
+    pixels = data.decode(query.images[0], 16, 8)
+    assert pixels.shape == (16, 8, 3) and abs(int(pixels.mean()) - 10) <= 2
+    x, label = Samples(gallery, gallery.ids, 12, 6)[3]
+    assert x.shape == (12, 6, 3) and x.dtype == torch.uint8 and label == gallery.ids[3]
 
 
 def test_market_errors(market):
@@ -572,7 +574,7 @@ def test_market_errors(market):
     [path] = (market / "query").iterdir()
     path.write_bytes(path.read_bytes()[:200])
     with one_line(UserError, "0003_c1s1_000001_00.jpg"):
-        data.read(data.load("market1501", market).query, 8, 4)
+        data.decode(data.load("market1501", market).query.images[0], 8, 4)
     path.rename(path.with_name("0004_c1s1_000001_00.jpg"))
     with one_line(UserError, "no query"):
         data.load("market1501", market)
@@ -622,7 +624,7 @@ def test_msmt17_lists(tmp_path, folders):
     assert found.query.ids.tolist() == [1] and found.query.cameras.tolist() == [5]
     assert found.gallery.ids.tolist() == [1, 2] and found.gallery.cameras.tolist() == [15, 5]
     for part in found[:3]:
-        assert data.read(part, 8, 4).shape == (len(part.ids), 8, 4, 3)
+        assert all(data.decode(image, 8, 4).shape == (8, 4, 3) for image in part.images)
 
 
 @pytest.mark.parametrize(
@@ -669,7 +671,7 @@ def test_digits_errors(tmp_path):
     (tmp_path / "digits.npz").write_text("none")
     for name in ("digits.npz", "missing.npz"):
         with one_line(UserError, name):
-            data.load("digits", digits=tmp_path / name)
+            data.read_digits(tmp_path / name)
 
 
 def test_labels_of_identities():
