@@ -24,7 +24,7 @@ class Architect:
 
     def __init__(self, model, args):
         self.model = model
-        self.momentum, self.weight_decay = args.momentum, args.weight_decay
+        self.network_momentum, self.network_weight_decay = args.momentum, args.weight_decay
         self.grad_clip = getattr(args, "arch_grad_clip", None)
         self.optimizer = torch.optim.Adam(
             model.arch_parameters(),
@@ -40,6 +40,7 @@ class Architect:
         self, input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
     ):
         """One Adam step on alphas and betas; the arguments are those of `backward`."""
+        self.optimizer.zero_grad()
         self.backward(
             input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled
         )
@@ -56,30 +57,33 @@ class Architect:
         step ahead: eta is that step's learning rate, network_optimizer has its momentum buffers.
         """
         if unrolled:
-            batches = (input_train, target_train), (input_valid, target_valid)
-            gradient = self._unrolled_gradient(*batches, eta, network_optimizer)
+            self._backward_step_unrolled(
+                input_train, target_train, input_valid, target_valid, eta, network_optimizer
+            )
         else:
-            gradient = self._gradient(self.model.arch_parameters(), input_valid, target_valid)
-        for parameter, value in zip(self.model.arch_parameters(), gradient, strict=True):
-            parameter.grad = value
+            self._backward_step(input_valid, target_valid)
 
-    def _gradient(self, wanted, input, target):
-        return self.gradients(wanted, input, target)[2]
+    def _backward_step(self, input_valid, target_valid):
+        """First order: the gradient of L_val(w, alpha) in alpha."""
+        arch = _learning(self.model.arch_parameters())
+        _keep(arch, self._gradient(arch, input_valid, target_valid))
 
-    def _unrolled_gradient(self, train, valid, eta, network_optimizer):
+    def _backward_step_unrolled(
+        self, input_train, target_train, input_valid, target_valid, eta, network_optimizer
+    ):
         """The gradient of L_val(w', alpha) in alpha, w' being w after one SGD step (eq. 7).
 
         Its second term is a Hessian-vector product, taken by a central difference (eq. 8).
         """
-        arch = self.model.arch_parameters()
-        weights = self._weights()
+        train, valid = (input_train, target_train), (input_valid, target_valid)
+        arch, weights = _learning(self.model.arch_parameters()), _learning(self._weights())
         w = [weight.detach().clone() for weight in weights]
         gradient = self._gradient(weights, *train)
         ahead = []  # w'
         for weight, value, g in zip(weights, w, gradient, strict=True):
-            buffer = network_optimizer.state[weight].get("momentum_buffer")
-            moment = 0 if buffer is None else self.momentum * buffer
-            ahead.append(value - eta * (moment + g + self.weight_decay * value))
+            buffer = network_optimizer.state.get(weight, {}).get("momentum_buffer")
+            moment = 0 if buffer is None else self.network_momentum * buffer
+            ahead.append(value - eta * (moment + g + self.network_weight_decay * value))
 
         with self._moved(weights, ahead, w), self._buffers_kept():
             gradient = self._gradient([*arch, *weights], *valid)
@@ -91,10 +95,14 @@ class Architect:
             there = [value + sign * R * g for value, g in zip(w, v, strict=True)]
             with self._moved(weights, there, w):
                 sides.append(self._gradient(arch, *train))
-        return [
+        gradient = [
             g - eta * (plus - minus) / (2 * R)
             for g, plus, minus in zip(at_ahead, *sides, strict=True)
         ]
+        _keep(arch, gradient)
+
+    def _gradient(self, wanted, input, target):
+        return self.gradients(wanted, input, target)[2]
 
     def _weights(self):
         arch = {id(parameter) for parameter in self.model.arch_parameters()}
@@ -131,12 +139,22 @@ def search_step(train, valid, weights, gradients, architect, optimizer, args):
     if valid is not None:  # not frozen
         eta = optimizer.param_groups[0]["lr"]
         architect.step(*train, *valid, eta, optimizer, unrolled=args.unrolled)
+    weights = _learning(weights)
     loss, logits, values = gradients(weights, *train)  # none for alphas and betas
-    for weight, value in zip(weights, values, strict=True):
-        weight.grad = value
+    _keep(weights, values)
     norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
     optimizer.step()
     return loss, logits, norm
+
+
+def _learning(tensors):
+    """Those that are not frozen."""
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def _keep(tensors, gradients):
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
 
 
 def _concat(xs):

@@ -12,6 +12,7 @@ from torchvision.ops import stochastic_depth
 
 import genotypes
 import operations
+from fused import in_layout
 from operations import OPS, FactorizedReduce, Identity, ReLUConvBN
 from utils import without_module_prefix
 
@@ -30,14 +31,14 @@ class Cell(nn.Module):
             edges, self._concat = genotype.reduce, genotype.reduce_concat
         else:
             edges, self._concat = genotype.normal, genotype.normal_concat
-        self._inputs = [node for _, node in edges]
+        self._indices = [node for _, node in edges]  # of each op its input
+        self._steps, self.multiplier = len(edges) // 2, len(self._concat)
         self._ops = nn.ModuleList(
             OPS[name](C, 2 if reduction and node < 2 else 1, True) for name, node in edges
         )
-        self.C_out = len(self._concat) * C
 
     def forward(self, s0, s1, drop_path_prob):
-        """(N, C_out, H, W) of s0 and s1, the outputs of the two cells before.
+        """(N, multiplier * C, H, W) of s0 and s1, the outputs of the two cells before.
 
         A reduction cell halves H and W. drop_path_prob: in training, of each op but an Identity.
         """
@@ -67,13 +68,13 @@ class Cell(nn.Module):
     def leaves_out_nodes(self):
         """Whether no path leads from some node or input to the output."""
         read = set(self._concat)
-        for i in reversed(range(len(self._inputs))):
+        for i in reversed(range(len(self._indices))):
             if 2 + i // 2 in read:
-                read.add(self._inputs[i])
-        return len(read) < 2 + len(self._inputs) // 2
+                read.add(self._indices[i])
+        return len(read) < 2 + self._steps
 
     def _edge(self, i, states, factors):
-        out = self._ops[i](states[self._inputs[i]])
+        out = self._ops[i](states[self._indices[i]])
         return out if factors is None or factors[i] is None else out * factors[i]
 
 
@@ -155,12 +156,13 @@ class DiscreteNetwork(nn.Module):
             cell = Cell(genotype, C_prev_prev, C_prev, C_curr, reduction, reduction_prev)
             self.cells.append(cell)
             reduction_prev = reduction
-            C_prev_prev, C_prev = C_prev, cell.C_out
+            C_prev_prev, C_prev = C_prev, cell.multiplier * C_curr
+            if i == 2 * layers // 3:
+                C_to_auxiliary = C_prev
 
-        self._head_cell = 2 * layers // 3
-        self.auxiliary_head = None
+        self._layers, self._auxiliary, self.auxiliary_head = layers, auxiliary, None
         if auxiliary:
-            self.auxiliary_head = head(self.cells[self._head_cell].C_out, num_classes)
+            self.auxiliary_head = head(C_to_auxiliary, num_classes)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)  # any size; 7 x 7 at 224
         self.classifier = nn.Linear(C_prev, num_classes)
 
@@ -170,14 +172,12 @@ class DiscreteNetwork(nn.Module):
         x: (N, 3, H, W). Raises ValueError where a map to be halved is odd, and where images are too
         small for the auxiliary head.
         """
-        layout = self.layout or (torch.channels_last if x.device.type == "cpu" else None)
-        if layout is not None:
-            x = x.contiguous(memory_format=layout)
+        x = in_layout(x, self.layout or (torch.channels_last if x.device.type == "cpu" else None))
         s0, s1 = self.stem_states(x)
         logits_aux = None
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
-            if i == self._head_cell and self.training and self.auxiliary_head is not None:
+            if i == 2 * self._layers // 3 and self._auxiliary and self.training:
                 logits_aux = self.auxiliary_head(s1)
         return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import channel_shuffle
 
 import operations
-from fused import FastForward, difference, sharing
+from fused import FastForward, difference, in_layout, sharing
 from genotypes import PRIMITIVES, Genotype
 from operations import OPS, FactorizedReduce, ReLUConvBN
 from utils import without_module_prefix
@@ -154,6 +154,7 @@ class Network(nn.Module):
             stem=stem, recompute=recompute, sampling=sampling, primitives=self.primitives,
             reductions=reductions, fused=fused,
         )  # fmt: skip
+        self._C, self._num_classes, self._layers = C, num_classes, layers
         self._criterion, self._steps, self._multiplier = criterion, steps, multiplier
         self.edge_norm = edge_norm
 
@@ -166,7 +167,7 @@ class Network(nn.Module):
         self.layout = None  # memory format of the maps; None: channels_last in the fast form
 
         C_prev_prev = C_prev = stem_multiplier * C
-        for name, module in operations.stem(stem, C_prev).items():
+        for name, module in operations.stem(stem, C_prev, operations.StemConv).items():
             self.add_module(name, module)
         C_curr, reduction_prev = C, stem == "imagenet"
         self.cells = nn.ModuleList()
@@ -181,12 +182,18 @@ class Network(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(C_prev, num_classes)
 
-        edges = sum(2 + j for j in range(steps))
-        self._arch_names = ["alphas_normal", "alphas_reduce"]
+        self._arch_names, self._own_arch = ["alphas_normal", "alphas_reduce"], None
         self._arch_names += ["betas_normal", "betas_reduce"] if edge_norm else []
-        for name in self._arch_names:  # 1e-3 * N(0, 1)
+        for name in self._arch_names:
+            self.register_buffer(name, None)
+        self._initialize_alphas()
+
+    def _initialize_alphas(self):
+        """Alphas (E, ops) and betas (E,): 1e-3 * N(0, 1)."""
+        edges = sum(2 + j for j in range(self._steps))
+        for name in self._arch_names:
             shape = (edges, len(self.primitives)) if "alphas" in name else (edges,)
-            self.register_buffer(name, (1e-3 * torch.randn(shape)).requires_grad_())
+            setattr(self, name, (1e-3 * torch.randn(shape)).requires_grad_())
 
     def forward(self, x):
         """Logits (N, num_classes) of images (N, 3, H, W)."""
@@ -194,9 +201,7 @@ class Network(nn.Module):
 
     def features(self, x):
         """What the classifier reads: the mean over the last map of each channel, (N, channels)."""
-        layout = self.layout or (torch.channels_last if self.fused else None)
-        if layout is not None:
-            x = x.contiguous(memory_format=layout)
+        x = in_layout(x, self.layout or (torch.channels_last if self.fused else None))
         if self._arguments["stem"] == "imagenet":
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
@@ -229,11 +234,21 @@ class Network(nn.Module):
 
         No betas without edge normalization.
         """
-        return [getattr(self, name) for name in self._arch_names]
+        return self._arch_parameters
+
+    @property
+    def _arch_parameters(self):
+        """The list under the name that published code reads, and sets in _initialize_alphas."""
+        return self._own_arch or [getattr(self, name) for name in self._arch_names]
+
+    @_arch_parameters.setter
+    def _arch_parameters(self, tensors):
+        self._own_arch = list(tensors)
 
     def weights(self):
         """Everything that learns, except alphas and betas."""
-        return list(self.parameters())
+        arch = {id(tensor) for tensor in self.arch_parameters()}
+        return [weight for weight in self.parameters() if id(weight) not in arch]
 
     def new(self):
         """A network like this one with the same alphas and betas and fresh weights."""
@@ -276,6 +291,8 @@ class Network(nn.Module):
     def _derive(self, scores):
         """{edge: (op, input)} of the cell with these scores (E, ops), in the genotype's order."""
         ops = [o for o, name in enumerate(self.primitives) if name != "none"]
+        if not ops:
+            raise ValueError("a cell of none alone cannot be derived: search more operations")
         best, op = scores[:, ops].max(1)  # of each edge
         gene, start = {}, 0
         for node in best.split([2 + j for j in range(self._steps)]):
@@ -303,7 +320,7 @@ class Network(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """As for parameters: alphas and betas stay the same leaf tensors, only their data moves."""
-        arch = {name: self._buffers.pop(name) for name in self._arch_names}
+        arch = {name: self._buffers.pop(name) for name in self._arch_names if name in self._buffers}
         super()._apply(fn, recurse)
         for name, tensor in arch.items():
             moved, grad = fn(tensor.detach()), tensor.grad
@@ -317,13 +334,16 @@ class Network(nn.Module):
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's; accepts a `module.` prefix, and a state dict without alphas and betas."""
-        state_dict = without_module_prefix(state_dict)
+        return super().load_state_dict(without_module_prefix(state_dict), strict, assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others):
+        """As nn.Module's; alphas and betas stay where they are missing, and learn as before."""
+        learns = {name: getattr(self, name).requires_grad for name in self._arch_names}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         for name in self._arch_names:
-            state_dict.setdefault(name, getattr(self, name).detach())
-        keys = super().load_state_dict(state_dict, strict, assign)
-        for tensor in self.arch_parameters():  # which `assign` replaces by what requires none
-            tensor.requires_grad_()
-        return keys
+            getattr(self, name).requires_grad_(learns[name])  # `assign` replaces the tensor
+            if prefix + name in missing:
+                missing.remove(prefix + name)
 
 
 def difference_from_fast(C, steps, multiplier, variant):

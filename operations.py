@@ -132,15 +132,15 @@ class StemConv(nn.Conv2d):
         return self._conv_forward(x, self.weight.flatten().view(self.weight.shape), self.bias)
 
 
-def stem(kind, C):
+def stem(kind, C, convolution=nn.Conv2d):
     """{name: module} of what stands before the cells: C channels of images (N, 3, H, W).
 
     kind: "cifar", at full size; "imagenet", two modules one behind the other that give a quarter
-    and an eighth of the size; "resnet", a quarter.
+    and an eighth of the size; "resnet", a quarter. convolution: the class of its convolutions.
     """
 
     def conv(C_in, C_out, size=3, stride=2):
-        return StemConv(C_in, C_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(C_out)
+        return convolution(C_in, C_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(C_out)
 
     if kind == "cifar":
         return {"stem": nn.Sequential(*conv(3, C, stride=1))}

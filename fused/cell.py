@@ -21,6 +21,7 @@ import contextlib
 import functools
 import logging
 import threading
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,10 @@ log = logging.getLogger("pc-darts")
 
 
 class _Scope(threading.local):
-    name = None  # of the forward of a network that is under way, in this thread
+    """The forward of a network that is under way in this thread."""
+
+    name = None
+    keepers = ()  # weak references to the tensors that keep something for it
 
 
 _scope = _Scope()
@@ -60,11 +64,15 @@ def sharing():
 
 @contextlib.contextmanager
 def _sharing():
-    before, _scope.name = _scope.name, object()
+    before = _scope.name, _scope.keepers
+    _scope.name, _scope.keepers = object(), []
     try:
         yield
     finally:
-        _scope.name = before
+        for keeper in _scope.keepers:
+            if (tensor := keeper()) is not None:  # somebody keeps the map, and not this with it
+                vars(tensor).pop("_fused", None)
+        _scope.name, _scope.keepers = before
 
 
 def shared(make, key, *tensors):
@@ -78,13 +86,14 @@ def shared(make, key, *tensors):
     if state != before or any(a is not b for a, b in zip(key, its, strict=True)):
         made = make()
         tensors[0]._fused = state, key, made
+        _scope.keepers.append(weakref.ref(tensors[0]))
     return made
 
 
 def is_checkpointed():
     """Whether torch.utils.checkpoint is to find all that is computed here, each time it runs."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return bool(hooks) and hooks[0].__module__ == checkpoint.__module__
+    return bool(hooks) and getattr(hooks[0], "__module__", None) == checkpoint.__module__
 
 
 def is_transformed(*tensors):
@@ -158,13 +167,16 @@ class FastForward:
     def _fits(self, weights, betas):
         """Whether they are what the equations have: matrix and vector, in the type of the cell.
 
-        Not in float16, in which the sums over all pixels are too large.
+        Not in float16, in which the sums over all pixels are too large, and not with weights in
+        bfloat16, in which the statistics are lost.
         """
         sizes = (len(self._ops), len(self._ops[0]._ops)), (len(self._ops),)
         dtypes, device = {weights.dtype, betas.dtype}, weights.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
-        if torch.float16 in dtypes or weights.dtype != betas.dtype:
+        if torch.float16 in dtypes or weights.dtype in (torch.float16, torch.bfloat16):
+            return False
+        if weights.dtype != betas.dtype:
             return False
         return (weights.shape, betas.shape) == sizes and weights.dtype == self._dtype()
 
@@ -183,7 +195,8 @@ class FastForward:
 
         weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
         """
-        plan = None if is_transformed(s0, s1, weights, betas) else self._plan()
+        plain = is_transformed(s0, s1, weights, betas) or not len(s1)
+        plan = None if plain else self._plan()
         if plan is not None and plan.why is not None:
             say(plan.why)
         if plan is None or plan.why is not None or not self._fits(weights, betas):

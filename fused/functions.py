@@ -13,6 +13,7 @@ Tensors (N, G * c, H, W) are G blocks of c channels; a matrix (G, c, c) acts on 
 Their memory format is that of the input, channels_last or contiguous, from end to end.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -27,12 +28,36 @@ def layout(x):
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
+def in_layout(x, layout):
+    """x (N, C, H, W) in this memory format; as it is for None, and within torch.func.vmap."""
+    if layout is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return x
+    return x.contiguous(memory_format=layout)
+
+
 def _conv_backward(which, g, x, weight, groups=1, padding=(0, 0), dilation=1):
     """The gradients of a convolution with respect to "weight" (its shape counts) and "bias"."""
     mask = [False, *(name in which for name in ("weight", "bias"))]
     geometry = [1, 1], list(padding), [dilation, dilation], False, [0, 0], groups
     gradients = torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, mask)
     return [gradient for gradient, wanted in zip(gradients, mask, strict=True) if wanted]
+
+
+@contextlib.contextmanager
+def without_tf32(device):
+    """Within it the convolutions of a GPU do not round float32 to the 10 bits of TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    owner, name, value = getattr(torch.backends.cudnn, "conv", None), "fp32_precision", "ieee"
+    if owner is None:  # torch 2.8
+        owner, name, value = torch.backends.cudnn, "allow_tf32", False
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _shape(x, *size):
@@ -111,7 +136,10 @@ class _Norm:
         self.fraction, self.total = moments.fraction, moments.total
         if self.pixels == 1 and self.total is None:  # as nn.BatchNorm2d, whose words these are
             raise ValueError("Expected more than 1 value per channel when training")
-        sums = zip(*(_sums(h, h, P.shape[1]) for h in hs), strict=True)
+        # In float32: a variance is the small difference of two large figures.
+        exact = (h.to(P.dtype) for h in hs)
+        with without_tf32(P.device):
+            sums = list(zip(*(_sums(h, h, P.shape[1]) for h in exact), strict=True))
         outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
         self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
         minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)

@@ -323,10 +323,10 @@ def _kinds(candidates, strides, cell):
     c = cell.preprocess1.op[1].weight.shape[0] // cell._ops[0].k
     places = {"seps": [], "dils": [], "pools": [], "skips": [], "zeros": [], "others": []}
     for o, ops in enumerate(candidates):
-        pools, kind = {}, None
+        firsts, kind = {}, None
         for op, stride in zip(ops, strides, strict=True):
             try:
-                its = _kind(op, stride, c, cell, pools)
+                its = _kind(op, stride, c, cell, firsts)
             except (AttributeError, IndexError, TypeError):  # where something is not there
                 its = "others"
             kind = its if kind in (None, its) else "others"
@@ -335,15 +335,19 @@ def _kinds(candidates, strides, cell):
     return Kinds(seps, dils, pools, skips if 2 in strides else (), skips, others, len(candidates))
 
 
-def _kind(op, stride, c, cell, pools):
-    """The name in `places` of an operation; pools: {stride: signature of the first pool}."""
+def _kind(op, stride, c, cell, firsts):
+    """The name in `places` of an operation; firsts: what must be as in the first at this place.
+
+    {stride: the signature of a pool, "k": the size of a kernel}.
+    """
     kind = type(op)
     if kind in (SepConv, DilConv):
         k = op.op[1].kernel_size[0]
         name, reference = "seps" if kind is SepConv else "dils", fresh(kind, c, k, stride)
-        return name if k % 2 and is_as_made(op, reference, cell) else "others"
+        fits = k % 2 and k == firsts.setdefault("k", k) and is_as_made(op, reference, cell)
+        return name if fits else "others"
     if kind is nn.Sequential and type(op[0]) in (nn.MaxPool2d, nn.AvgPool2d):
-        first = pools.setdefault(stride, signature(op[0]))
+        first = firsts.setdefault(stride, signature(op[0]))
         known = is_as_made(op[0], first, cell) and len(op) == 2 and is_plain(op)
         return "pools" if known and is_as_made(op[1], fresh(nn.BatchNorm2d, c), cell) else "others"
     if kind is (FactorizedReduce if stride == 2 else Identity):

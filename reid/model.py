@@ -63,7 +63,7 @@ class ReIDNetwork(nn.Module):
             cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
             self.cells.append(cell)
             reduction_prev = reduction
-            C_prev_prev, C_prev = C_prev, cell.C_out
+            C_prev_prev, C_prev = C_prev, cell.multiplier * C
         self.head = Head(C_prev, num_classes, embedding)
 
     def forward(self, x):

@@ -128,7 +128,7 @@ def test_two_cells_reduce(kind, layers):
     reductions = layers // 3, 2 * layers // 3
     for i, cell in enumerate(network.cells):
         C = 4 * 2 ** sum(i >= r for r in reductions)
-        assert cell.C_out == 4 * C
+        assert cell.multiplier == 4 and cell.preprocess1.op[1].out_channels == C
         factorized = i - 1 in reductions or (i == 0 and kind == "imagenet")
         assert isinstance(cell.preprocess0, FactorizedReduce) == factorized
         first = cell._ops[0].op[1]  # 5 x 5 in the reduction cell, 3 x 3 in the other
@@ -213,7 +213,7 @@ def dropped_cell(reduction, p, training=True):
     cell = Cell(SMALL, 2, 2, 2, reduction, False).double().train(training)
     s = torch.randn(4000, 2, 4, 4, dtype=torch.float64).relu()
     states = cell.preprocess0(s), cell.preprocess1(s)
-    first, second = (op(states[i]) for op, i in zip(cell._ops, cell._inputs, strict=True))
+    first, second = (op(states[i]) for op, i in zip(cell._ops, cell._indices, strict=True))
     return cell(s, s, p), first, second
 
 
@@ -261,7 +261,7 @@ def test_a_network_drops_paths_in_all_cells_when_told(kind):
     before, after = outputs[:5], outputs[5:]
     for i, (cell, full, dropped) in enumerate(zip(network.cells, before, after, strict=True)):
         # Of PC_DARTS_cifar's eight edges one is an identity, in the first node of a normal cell.
-        C = cell.C_out // 4
+        C = cell._ops[0].op[-1].num_features
         assert full[:, C:].abs().amax() > 0 and dropped[:, C:].abs().amax() == 0
         assert (dropped[:, :C].abs().amax() > 0) == (i not in (1, 3))
     logits = network.eval()(x)[0]
