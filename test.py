@@ -25,7 +25,7 @@ INHERITED = ("data", "set", "input_size", "init_channels", "layers", "stem", "au
 
 def get_args():
     parser = flags.Parser(__doc__)
-    flags.add_common_arguments(parser, batch_size=96)
+    flags.add_common_arguments(parser, batch_size=96, more_sets=", or imagenet")
     add = parser.add_argument
     add("--model_path", required=True, help="run folder, checkpoint or weights file")
     add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")

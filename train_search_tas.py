@@ -1,6 +1,6 @@
 """Search the widths, and depths, of a CIFAR ResNet (TAS: Dong and Yang, NeurIPS 2019).
 
-    python train_search_tas.py --depth 32 --flop_ratio 0.5    # CIFAR-10, the published setting
+    python train_search_tas.py --depth 56 --flop_ratio 0.47 --search_depth  # as published
     python train_search_tas.py --set digits --epochs 30 --batch_size 64   # needs no download
     python train_search_tas.py --search_depth ...             # the numbers of blocks too
     torchrun --nproc_per_node 2 train_search_tas.py ...       # one process per GPU

@@ -1,6 +1,6 @@
 """Train a CIFAR ResNet with the widths that a search found, and test it (TAS, section 3.2).
 
-    python train_tas.py --arch unpruned --depth 32                # the teacher
+    python train_tas.py --arch unpruned --depth 56                # the teacher
     python train_tas.py --arch search-EXP-... --teacher eval-...  # the network of a search
     torchrun --nproc_per_node 2 train_tas.py ...                  # one process per GPU
 
@@ -34,8 +34,7 @@ def get_args():
     add("--distillation", type=flags.fraction, default=0.9, help="its share of the loss")
     add("--momentum", type=flags.fraction, default=0.9, help="of SGD (Nesterov)")
     add("--weight_decay", type=flags.non_negative, default=5e-4, help="of SGD")
-    add("--cutout", action="store_true", help="cut a square out of every training image")
-    add("--cutout_length", type=flags.count, default=16, help="side of that square in pixels")
+    flags.add_cutout_arguments(parser)
     flags.add_run_arguments(parser, epochs=300, learning_rate=0.1)
     parser.set_defaults(grad_clip=None)
     return flags.parse_args(parser)

@@ -8,7 +8,6 @@ requirements-viz.txt).
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -44,8 +43,7 @@ def collect(run, dest, format="png"):
         if (record.folder / name).exists():
             written.append(Path(shutil.copyfile(record.folder / name, dest / name)))
     for title, (_, figure) in pictures.items():
-        name = re.sub(r"\W+", "-", title)
-        written.append(drawing.save(figure, dest / f"{name}.{format}"))
+        written.append(drawing.save(figure, dest / f"{report.file_name(title)}.{format}"))
     return written
 
 

@@ -78,11 +78,12 @@ def colour(text):
     return text
 
 
-def add_common_arguments(parser, batch_size):
+def add_common_arguments(parser, batch_size, more_sets=""):
     """The flags that all scripts on CIFAR-size images share; sets are named by data.SETS."""
     add = parser.add_argument
     add("--data", default="../data", help="folder of the data set")
-    add("--set", default="cifar10", help="cifar10, cifar100, folder or digits (needs no files)")
+    sets = f"cifar10, cifar100, folder or digits (needs no files){more_sets}"
+    add("--set", default="cifar10", help=sets)
     add("--input_size", type=count, help="side of the images in pixels; None: the set's own")
     add("--batch_size", type=count, default=batch_size, help="images in a step")
     add("--mean", type=colour, metavar="R,G,B",

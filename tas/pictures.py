@@ -76,8 +76,7 @@ def read_widths(folder):
     """The lines of widths.jsonl as dicts, without one that is being written; [] without a file."""
     path = Path(folder) / "widths.jsonl"
     try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in report.whole_lines(path)]
         for row in rows:
             shapes.check(len(row["channels"]), row["channels"], row["blocks"])
             if len(row["softmax_widths"]) != len(row["channels"]) - 1:

@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 from harness import costs, runs, script
+from harness.script import _out_of_memory
 from helpers import warm_python
 from test_imagenet import fill
 
@@ -276,7 +278,9 @@ FLAGS = [  # of the wrong type or range, unknown, or against each other
     ("visualize.py PCDARTS --format jpg", "jpg", "svg"),
     ("visualize.py PCDARTS eval", "PCDARTS is no run folder"),
     ("visualize.py eval search --dot", "--dot"),
-    ("visualize.py PCDARTS --animate", "--animate"),
+    ("visualize.py PCDARTS --animate", "--animate takes the folder of a search: give one"),
+    ("visualize.py PCDARTS --animate --dot", "--animate", "leave --dot out"),
+    ("visualize.py PCDARTS DARTS --dot", "PCDARTS is no run folder"),
     ("visualize.py eval --animate", "--animate takes a search"),
     ("visualize.py eval search --animate", "--animate takes one run"),
     (f"{SEARCH} --report 0", "--report", "at least 1"),
@@ -501,6 +505,28 @@ def test_a_read_only_folder(place, script, flags):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "Permission denied" in done.stderr
     assert set(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("train_search", SEARCH, ["with batch_size ", "lower --batch_size or --init_channels or"]),
+    ("train_tas", "train_tas.py --set digits", ["lower --batch_size or --input_size", "--amp"]),
+    ("train_reid", "train_reid.py --set digits", ["with identities 10, instances 8: lower",
+                                                  "--identities or --instances or"]),
+])  # fmt: skip
+def test_what_to_do_about_memory(monkeypatch, script, flags, words):
+    """The flags that the script has."""
+    monkeypatch.setattr(sys, "argv", flags.split())
+    args = importlib.import_module(script).get_args()
+    hint = _out_of_memory(args)
+    assert all(word in hint for word in words), hint
+    assert all(hasattr(args, name) for name in re.findall(r"--(\w+)", hint))
+
+
+@pytest.mark.parametrize("command", [SEARCH, "train.py --set digits", "test.py --model_path eval"])
+def test_torchrun_of_a_script_that_is_one_process(fail, monkeypatch, command):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "start it with python, not with torchrun" in fail(*command.split())
 
 
 def test_too_little_memory(place):

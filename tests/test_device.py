@@ -763,6 +763,9 @@ def test_recompute_of_a_supernet_that_has_no_fast_form(monkeypatch):
     monkeypatch.setattr(forms, "seconds", lambda steps, device: 1.0)
     args = SimpleNamespace(**vars(ARGS) | {"begin": 1, "recompute": True})
     assert forms.measure(supernet("plain"), args, CPU, (4, 8))[0] == "plain"
+    monkeypatch.setattr(forms, "MEASURED_ON", ("cpu",))
+    forms.choose(supernet("plain"), args, CPU, (4, 8))
+    assert (args.form, args.recompute) == ("plain", False)  # which --resume takes
 
 
 def in_two_processes():

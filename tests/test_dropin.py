@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import io
+import json
 import random
 import subprocess
 import time
@@ -972,6 +973,23 @@ def test_hub_builds_the_cell_of_the_run_whose_weights_it_gives(tmp_path):
     assert torch.equal(loaded.eval()(x)[0], network.eval()(x)[0])
     with pytest.raises(utils.UserError, match="leave the genotype out"):
         torch.hub.load(str(ROOT), "pc_darts_cifar", genotype="PC_DARTS_cifar", **how)
+
+
+def test_hub_takes_the_sizes_of_a_run(tmp_path):
+    network = model.NetworkCIFAR(6, 7, 4, True, genotypes.DARTS_V2)
+    genotypes.save(genotypes.DARTS_V2, tmp_path / "genotype.json")
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    args = {"init_channels": 6, "layers": 4, "auxiliary": True}
+    about = {"format": 1, "script": "train", "args": args, "classes": list("abcdefg")}
+    (tmp_path / "args.json").write_text(json.dumps(about))
+    how = dict(source="local", weights=tmp_path)
+    loaded = torch.hub.load(str(ROOT), "pc_darts_cifar", **how)
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+    with pytest.raises(utils.UserError, match="another network"):
+        torch.hub.load(str(ROOT), "pc_darts_cifar", layers=5, **how)
+    (tmp_path / "args.json").write_text(json.dumps(about | {"args": args | {"layers": "4"}}))
+    with pytest.raises(utils.UserError, match=r"args.json is damaged"):
+        torch.hub.load(str(ROOT), "pc_darts_cifar", **how)
 
 
 def test_hub_gives_a_network_that_a_search_found(tmp_path):

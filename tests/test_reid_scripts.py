@@ -1,6 +1,7 @@
 """Auto-ReID's scripts as processes, on the digits and on a folder in Market-1501's form."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 import genotypes
 from harness import report
 from helpers import torchrun, warm_python
-from reid import PKBatches, data
+from reid import PKBatches, data, trained
 from reid.flags import whole_numbers
 from reid.loader import Loader, embed
 from reid.losses import RetrievalLoss
@@ -134,6 +135,38 @@ def test_a_resnet_to_compare_with(whole, tmp_path):
     for path in (cells, cells / "weights.pt", only(whole, "search-whole-*")):
         output = run(f"test.py --model_path {path}", tmp_path, code=2)
         assert "is of" in output and output.count("\n") == 1, output
+
+
+@pytest.mark.parametrize("kind", ["cells", "resnet"])
+def test_a_network_is_exported(whole, tmp_path, kind):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    folder = only(whole, "eval-whole-*")
+    if kind == "resnet":
+        run(f"{TRAIN} --epochs 1 --arch resnet18", tmp_path)
+        folder = only(tmp_path, "eval-*")
+    output = run(f"export.py {folder} --out {tmp_path / 'out'} --batch_size 3", tmp_path)
+    assert "embeddings agree to 0.0001" in output
+    assert output.endswith("less (0.4850, 0.4560, 0.4060), divided by (0.2290, 0.2240, 0.2250)\n")
+    network, (height, width) = trained.load(folder)
+    assert f"of {height} x {width} pixels" in output
+    images = torch.randn(5, 3, height, width)
+    given = torch.export.load(tmp_path / "out" / "network.pt2").module()(images)
+    torch.testing.assert_close(given, network(images), rtol=1e-3, atol=1e-4)
+    assert given.shape == (5, 8)
+    damaged = copy_of(folder, tmp_path / "damaged")
+    about = json.loads((damaged / "args.json").read_text())
+    about["args"]["embedding"] = "32"
+    (damaged / "args.json").write_text(json.dumps(about))
+    assert "args.json is damaged" in run(f"export.py {damaged}", tmp_path, code=2)
+
+
+def copy_of(folder, to):
+    to.mkdir()
+    for name in ("args.json", "weights.pt", "genotype.json"):
+        if (folder / name).exists():
+            (to / name).write_bytes((folder / name).read_bytes())
+    return to
 
 
 def test_the_plain_form_is_searched_alike(whole, tmp_path):

@@ -493,6 +493,19 @@ def test_time_left_is_told_where_minutes_are_left(tmp_path, monkeypatch):
     assert [line.split(":")[0] for line in said] == ["98 epochs left", "96 epochs left"]
 
 
+def test_a_report_that_fails_does_not_end_a_run(tmp_path):
+    def broken(folder):
+        raise ZeroDivisionError("in matplotlib")
+
+    said, each = [], runs.Run.__new__(runs.Run)
+    log = types.SimpleNamespace(warning=lambda text, *values: said.append(text % values))
+    vars(each).update(epoch=0, epochs=2, values={}, log=log, epoch_began=0.0, signal=0,
+                      time_left_said=time.time(), report_every=1, save=lambda: None,
+                      write_report=broken, folder=tmp_path)  # fmt: skip
+    each.epoch_done()
+    assert each.epoch == 1 and said == ["no report.html: in matplotlib"]
+
+
 def test_a_folder_is_a_run_when_all_that_it_began_with_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

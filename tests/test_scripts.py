@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 import genotypes
 import model_search
 import utils
-from harness import files
+from harness import files, flags
 from helpers import copy_code, warm_python
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +155,13 @@ def test_images_in_folders_run_and_second_order_too(tmp_path):
     assert "2 classes, 8 training and 8 validation images of 16 x 16" in out
     folder = next(tmp_path.glob("search-EXP-*"))
     assert f"--arch {folder.name} --set folder --data pets --input_size 16" in out
+
+
+def test_the_training_reads_the_images_of_the_search():
+    args = SimpleNamespace(set="folder", data="a b", input_size=64, mean="0.5,0.5,0.5", std=None)
+    assert flags.same_data(args) == " --set folder --data 'a b' --input_size 64 --mean 0.5,0.5,0.5"
+    args = SimpleNamespace(set="cifar10", data="../data", input_size=None, mean=None, std=None)
+    assert flags.same_data(args) == ""
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
