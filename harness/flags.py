@@ -225,6 +225,10 @@ def add_variant_arguments(parser):
 FREE = ("device", "gpu", "workers", "report_freq", "save_every", "detect_anomaly", "resume")
 FREE += ("report", "tensorboard", "data", "tmp_data_dir")  # which may have moved
 
+# What counts only beside another flag.
+NEEDS = {"cutout_length": "cutout", "auxiliary_weight": "auxiliary"}
+NEEDS |= {"temperature": "teacher", "distillation": "teacher"}
+
 
 def parse_args(parser):
     """The flags; with --resume FOLDER those of the run in it, as they stand in its args.json.
@@ -234,6 +238,10 @@ def parse_args(parser):
     """
     args = parser.parse_args()
     if args.resume is None:
+        for name, other in NEEDS.items():
+            idle = hasattr(args, name) and not getattr(args, other)
+            if idle and getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name} does nothing without --{other}: give both, or neither")
         return _agreeing(args)
     unset = object()
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
