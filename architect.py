@@ -16,11 +16,11 @@ class Architect:
 
     model: has arch_parameters(), parameters() and _loss(input, target).
     args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay;
-    amp, unrolled, no_cuda_graph and arch_grad_clip (norm of the gradient in a step), if they are
-    there. amp is of first-order steps: the central difference of the others is lost in bfloat16.
+    optional: unrolled, no_cuda_graph, arch_grad_clip (the largest norm of their gradient), amp (not
+    used if unrolled: the central difference would be lost in bfloat16).
     """
 
-    STEP = 0.01  # of the central difference in a second-order step, in the norm of all weights
+    STEP = 0.01  # epsilon of eq. 8 is STEP / |v|: both sides are STEP away from w
 
     def __init__(self, model, args):
         self.model = model
@@ -64,20 +64,21 @@ class Architect:
             self._backward_step(input_valid, target_valid)
 
     def _backward_step(self, input_valid, target_valid):
-        """First order: the gradient of L_val(w, alpha) in alpha."""
+        """First order: the gradient of L_val(w, alpha) with respect to alpha."""
         arch = _learning(self.model.arch_parameters())
-        _keep(arch, self._gradient(arch, input_valid, target_valid))
+        _set_grad(arch, self._gradient(arch, input_valid, target_valid))
 
     def _backward_step_unrolled(
         self, input_train, target_train, input_valid, target_valid, eta, network_optimizer
     ):
-        """The gradient of L_val(w', alpha) in alpha, w' being w after one SGD step (eq. 7).
+        """The gradient of L_val(w', alpha) w.r.t. alpha, w' being w after one SGD step (eq. 7).
 
         Its second term is a Hessian-vector product, taken by a central difference (eq. 8).
         """
         train, valid = (input_train, target_train), (input_valid, target_valid)
         arch, weights = _learning(self.model.arch_parameters()), _learning(self._weights())
         w = [weight.detach().clone() for weight in weights]
+        # As published, the passes at w and w +- R v move the running statistics, that at w' not.
         gradient = self._gradient(weights, *train)
         ahead = []  # w'
         for weight, value, g in zip(weights, w, gradient, strict=True):
@@ -89,7 +90,7 @@ class Architect:
             gradient = self._gradient([*arch, *weights], *valid)
         at_ahead, v = gradient[: len(arch)], gradient[len(arch) :]
 
-        R = self.STEP / _concat(v).norm()
+        R = self.STEP / _concat(v).norm()  # epsilon of eq. 8; v: gradient in w' of L_val(w', alpha)
         sides = []
         for sign in (1, -1):
             there = [value + sign * R * g for value, g in zip(w, v, strict=True)]
@@ -99,7 +100,7 @@ class Architect:
             g - eta * (plus - minus) / (2 * R)
             for g, plus, minus in zip(at_ahead, *sides, strict=True)
         ]
-        _keep(arch, gradient)
+        _set_grad(arch, gradient)
 
     def _gradient(self, wanted, input, target):
         return self.gradients(wanted, input, target)[2]
@@ -110,7 +111,7 @@ class Architect:
 
     @contextmanager
     def _moved(self, weights, there, back):
-        """The model with its weights at `there`, then at `back`, bit for bit: difference 6."""
+        """Within it the model's weights are `there`; after it `back`, to the bit (difference 6)."""
         try:
             copy_into(there, weights)
             yield
@@ -119,7 +120,7 @@ class Architect:
 
     @contextmanager
     def _buffers_kept(self):
-        """Running statistics that a pass through the unrolled weights does not touch."""
+        """Restores the running statistics that the pass at w' changes."""
         arch = {id(parameter) for parameter in self.model.arch_parameters()}
         buffers = [buffer for buffer in self.model.buffers() if id(buffer) not in arch]
         kept = [buffer.clone() for buffer in buffers]
@@ -130,18 +131,19 @@ class Architect:
 
 
 def search_step(train, valid, weights, gradients, architect, optimizer, args):
-    """Alphas and betas on the batch `valid`, unless it is None, then the weights on `train`.
+    """Updates alphas and betas on the batch `valid` (None: not at all), then weights on `train`.
 
     train, valid: (input (N, 3, H, W), target (N,)). gradients: a fused.Gradients of the training
-    loss. optimizer: of the weights. args: unrolled, grad_clip. Returns loss and logits of the
-    training batch, and the norm of its gradient before it is clipped.
+    loss: (weights, input, target) -> (loss, logits, their gradients). optimizer: of the weights.
+    args: unrolled, grad_clip. Returns loss and logits of the training batch, and the norm of its
+    gradient before it is clipped.
     """
     if valid is not None:  # not frozen
         eta = optimizer.param_groups[0]["lr"]
         architect.step(*train, *valid, eta, optimizer, unrolled=args.unrolled)
     weights = _learning(weights)
-    loss, logits, values = gradients(weights, *train)  # none for alphas and betas
-    _keep(weights, values)
+    loss, logits, grads = gradients(weights, *train)  # none for alphas and betas
+    _set_grad(weights, grads)
     norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
     optimizer.step()
     return loss, logits, norm
@@ -152,7 +154,8 @@ def _learning(tensors):
     return [tensor for tensor in tensors if tensor.requires_grad]
 
 
-def _keep(tensors, gradients):
+def _set_grad(tensors, gradients):
+    """Stores the gradients in .grad of the tensors."""
     for tensor, gradient in zip(tensors, gradients, strict=True):
         tensor.grad = gradient
 

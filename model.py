@@ -31,7 +31,7 @@ class Cell(nn.Module):
             edges, self._concat = genotype.reduce, genotype.reduce_concat
         else:
             edges, self._concat = genotype.normal, genotype.normal_concat
-        self._indices = [node for _, node in edges]  # of each op its input
+        self._indices = [node for _, node in edges]  # the input node of each op
         self._steps, self.multiplier = len(edges) // 2, len(self._concat)
         self._ops = nn.ModuleList(
             OPS[name](C, 2 if reduction and node < 2 else 1, True) for name, node in edges
@@ -40,7 +40,8 @@ class Cell(nn.Module):
     def forward(self, s0, s1, drop_path_prob):
         """(N, multiplier * C, H, W) of s0 and s1, the outputs of the two cells before.
 
-        A reduction cell halves H and W. drop_path_prob: in training, of each op but an Identity.
+        A reduction cell halves H and W. drop_path_prob: the chance to drop an op's output, per
+        image, in training.
         """
         drops = self.training and drop_path_prob > 0
         return self.compute(s0, s1, self.drop_path(s1, drop_path_prob) if drops else None)
@@ -55,9 +56,9 @@ class Cell(nn.Module):
         return torch.cat([states[node] for node in self._concat], dim=1)
 
     def drop_path(self, x, drop_path_prob):
-        """Of each op a factor (N, 1, 1, 1) of the type of x (N, C, H, W): 0, or 1 / keep.
+        """One factor (N, 1, 1, 1) per op, in the type of x: 0, or 1 / (1 - drop_path_prob).
 
-        None for an Identity, which is never dropped: a way through the cell stays.
+        None for an Identity, whose output is never dropped.
         """
         return [
             None if isinstance(op, Identity)
@@ -66,7 +67,7 @@ class Cell(nn.Module):
         ]  # fmt: skip
 
     def leaves_out_nodes(self):
-        """Whether no path leads from some node or input to the output."""
+        """Whether some node or input has no path to the output."""
         read = set(self._concat)
         for i in reversed(range(len(self._indices))):
             if 2 + i // 2 in read:
@@ -149,7 +150,7 @@ class DiscreteNetwork(nn.Module):
 
         self.cells = nn.ModuleList()
         C_prev_prev, C_prev, C_curr = C_stem, C_stem, C
-        reduction_prev = stem == "imagenet"  # its second half halves the map of the first
+        reduction_prev = stem == "imagenet"  # stem1 halves the map of stem0, so s0 is twice s1
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C_curr *= 2 if reduction else 1
@@ -167,7 +168,7 @@ class DiscreteNetwork(nn.Module):
         self.classifier = nn.Linear(C_prev, num_classes)
 
     def forward(self, x):
-        """Logits, and in training with an auxiliary head its logits, else None: (N, num_classes).
+        """(logits, auxiliary logits or None), (N, num_classes) each; the second only in training.
 
         x: (N, 3, H, W). Raises ValueError where a map to be halved is odd, and where images are too
         small for the auxiliary head.
@@ -184,7 +185,7 @@ class DiscreteNetwork(nn.Module):
     def leaves_out_nodes(self):
         """Whether the output of a cell does not depend on some node or input of it.
 
-        Weights before these have no gradient then. A node behind `none` has one: zeros.
+        Weights that lead only there get no gradient; those behind a `none` get zeros.
         """
         return any(cell.leaves_out_nodes() for cell in self.cells)
 

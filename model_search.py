@@ -26,7 +26,7 @@ log = logging.getLogger("pc-darts")
 
 
 class MixedOp(nn.Module):
-    """One edge: all operations, weighted, on 1/k of the channels; the others pass by (eq. 2).
+    """One edge (eq. 2): sum_o softmax(alpha)_o * o(the first C / k channels); the rest passes by.
 
     C: channels of a node. primitives: names of the operations; None: genotypes.PRIMITIVES.
     """
@@ -43,7 +43,7 @@ class MixedOp(nn.Module):
 
     def forward(self, x, weights):
         """(N, C, H / stride, W / stride) of x (N, C, H, W); weights (ops,): softmax(alpha)."""
-        selected, bypass = x.tensor_split([x.shape[1] // self.k], dim=1)  # C / k and the other C
+        selected, bypass = x.tensor_split([x.shape[1] // self.k], dim=1)  # C / k channels; the rest
         mixed = sum(w * op(selected) for w, op in zip(weights, self._ops, strict=True))
         if self.k == 1:
             return mixed
@@ -95,7 +95,7 @@ class Cell(nn.Module):
         edge = 0
         for _ in range(self._steps):
             node = 0
-            for state in states:  # eq. 3
+            for state in states:  # eq. 3: x_j = sum over i < j of softmax(beta)_ij * f_ij(x_i)
                 x = state[:, self.channel_order] if random else state
                 node = node + betas[edge] * self._ops[edge](x, weights[edge])
                 edge += 1
@@ -104,7 +104,7 @@ class Cell(nn.Module):
 
 
 class FastCell(FastForward, Cell):
-    """A Cell with the forward of fused.FastForward; as it is written where that does not fit."""
+    """A Cell with the forward of fused.FastForward, or Cell's own where that does not fit."""
 
 
 class Network(nn.Module):
@@ -116,8 +116,8 @@ class Network(nn.Module):
     next node take: "shuffle" as published; "shift", a rotation by C / k; or "random", drawn by
     `resample`, the others back in their places. primitives: names of the operations; None:
     genotypes.PRIMITIVES. reductions: which cells reduce; None: layers // 3 and 2 * layers // 3.
-    fused: with the fast form of the cells, where it gives the same figures; recompute: which then
-    keeps less for the backward pass and computes it again.
+    fused: use the fast form of the cells if it gives the same figures. recompute: the fast form
+    then keeps less for the backward pass and computes it again.
     alphas and betas are buffers that require a gradient: they are in the state dict and move with
     the network, but `parameters()` are the weights alone.
     Raises ValueError where C / k is no even number, for fewer than 3 layers, and where an
@@ -175,7 +175,7 @@ class Network(nn.Module):
             reduction = i in reductions
             C_curr *= 2 if reduction else 1
             cell = make_cell(C_prev_prev, C_prev, C_curr, reduction, reduction_prev, **variant)
-            cell.recompute = recompute  # which counts in the fast form alone
+            cell.recompute = recompute  # used by the fast form only
             self.cells.append(cell)
             reduction_prev = reduction
             C_prev_prev, C_prev = C_prev, multiplier * C_curr
@@ -261,13 +261,12 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def genotype(self, max_skip=None):
-        """The cells: of each node the two best edges, on each the best op other than none.
+        """The cells: each edge takes its best op but none, each node its two best edges.
 
         DARTS, section 2.4. An op's score is softmax(alpha) * softmax(beta); ties go to the
         lower index.
-        max_skip: at most so many skip_connects in the normal cell: as long as there are more, the
-        one with the smallest softmax(alpha) is taken out and the cell derived again (P-DARTS,
-        section 3.3).
+        max_skip: the most skip_connects in the normal cell; while there are more, the one with the
+        smallest softmax(alpha) is removed and the cell derived again (P-DARTS, section 3.3).
         """
         cells = []
         for kind in KINDS:
@@ -303,9 +302,9 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def resample(self):
-        """Before each step: draws the C / k channels of each cell's operations, where "random".
+        """Draws the C / k channels that each cell's operations take; to be called before each step.
 
-        Returns the buffers that hold what was drawn.
+        Only with sampling="random". Returns the buffers that hold the draw, else [].
         """
         if self._arguments["sampling"] != "random":
             return []
@@ -337,7 +336,7 @@ class Network(nn.Module):
         return super().load_state_dict(without_module_prefix(state_dict), strict, assign)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others):
-        """As nn.Module's; alphas and betas stay where they are missing, and learn as before."""
+        """As nn.Module's; missing alphas and betas keep their values; requires_grad stays."""
         learns = {name: getattr(self, name).requires_grad for name in self._arch_names}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         for name in self._arch_names:
@@ -347,10 +346,10 @@ class Network(nn.Module):
 
 
 def difference_from_fast(C, steps, multiplier, variant):
-    """None, or in a few words why the fast cell is not what Cell is; a line tells it, too.
+    """None, or in a few words why the fast cell does not give Cell's figures; also logged.
 
-    Found out on two small cells. MixedOp, Cell and the operations are whatever they are by now. Two
-    nodes have every kind of edge: from either input and from a node, and with either stride.
+    Compares two small cells, normal and reduction, of MixedOp, Cell and the operations as they are
+    now. Two nodes are enough for every kind of edge: from an input or a node, stride 1 or 2.
     """
     steps, multiplier = min(steps, 2), min(multiplier, 2)
     edges = sum(2 + j for j in range(steps))

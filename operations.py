@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-# Each makes a module from (N, C, H, W) to (N, C, H / stride, W / stride). An op added here is at
-# once a name for genotypes; added to genotypes.PRIMITIVES too, it is searched.
+# Each entry is a function (C, stride, affine) that returns a module from (N, C, H, W) to
+# (N, C, H / stride, W / stride). Genotypes and --primitives may name any entry; those in
+# genotypes.PRIMITIVES are searched by default.
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
     "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(
@@ -29,7 +30,7 @@ OPS = {
 
 
 class ReLUConvBN(nn.Module):
-    """ReLU, convolution, batch norm: the preprocess of a cell's inputs where the sizes agree."""
+    """ReLU, convolution, batch norm: a cell's preprocess of an input that has its size already."""
 
     def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
         super().__init__()
@@ -117,7 +118,7 @@ class FactorizedReduce(nn.Module):
             size = f"{x.shape[2]} x {x.shape[3]}"
             raise ValueError(f"a map of {size} cannot be halved: give images whose maps stay even")
         x = self.relu(x)
-        # The stride is taken before the convolutions: oneDNN crashes at some strided 1x1 ones.
+        # Strided before the convolutions: oneDNN crashes at some strided 1x1 convolutions.
         halves = [self.conv_1(x[:, :, ::2, ::2]), self.conv_2(x[:, :, 1::2, 1::2])]
         return self.bn(torch.cat(halves, dim=1))
 
@@ -133,10 +134,10 @@ class StemConv(nn.Conv2d):
 
 
 def stem(kind, C, convolution=nn.Conv2d):
-    """{name: module} of what stands before the cells: C channels of images (N, 3, H, W).
+    """{name: module}: the stem, which maps images (N, 3, H, W) to C channels.
 
-    kind: "cifar", at full size; "imagenet", two modules one behind the other that give a quarter
-    and an eighth of the size; "resnet", a quarter. convolution: the class of its convolutions.
+    kind: "cifar", full size; "imagenet", two modules in sequence, with outputs of a quarter and an
+    eighth of the size; "resnet", a quarter. convolution: the class of its convolutions.
     """
 
     def conv(C_in, C_out, size=3, stride=2):

@@ -4,8 +4,8 @@
     python train_search.py --set digits             # needs no download
     python train_search.py --set folder --data DIR  # DIR/train/CLASS/*.png, DIR/test/CLASS/*.png
 
-Alphas and betas stay frozen for --begin epochs; then each step (architect.search_step) updates
-them on a batch of the validation half, and the weights on one of the training half. Prints the
+Each step (architect.search_step) updates the weights on a batch of the training half; after
+--begin epochs it first updates alphas and betas on one of the validation half. Prints the
 genotype, which `train.py --arch RUN` trains. What was measured with this code: docs/evidence.md.
 """
 
@@ -21,8 +21,8 @@ from architect import Architect
 from harness import costs, data, distributed, flags, forms, loops, script, searches
 from harness.runs import Run
 
-DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, arch_learning_rate=3e-4)
-DARTS["begin"] = 0
+DARTS = dict(k=1, no_edge_norm=True, batch_size=64, learning_rate=0.025, learning_rate_min=0.001)
+DARTS |= dict(arch_learning_rate=3e-4, begin=0)
 
 
 def flags_of(defaults):
@@ -109,7 +109,7 @@ def main(args):
     searches.finish(run, args, model, held_out, "the validation half")
     more = flags.same_data(args) + " --stem imagenet" * (args.stem == "imagenet")
     if train_half.images.shape[1] >= (224 if args.stem == "imagenet" else 32):
-        more = " --auxiliary --cutout" + more  # which fit
+        more = " --auxiliary --cutout" + more  # the auxiliary head needs this size
     log.info("train it: python train.py --arch %s%s", shlex.quote(str(run.folder)), more)
 
 

@@ -43,7 +43,7 @@ def get_args():
     add_arguments(parser, epochs=200, learning_rate=0.1)
     add = parser.add_argument
     add("--k", type=flags.count, default=1, help="1/k of the channels go through the operations")
-    add("--learning_rate_min", type=flags.non_negative, default=0.001, help="and at last (cosine)")
+    add("--learning_rate_min", type=flags.non_negative, default=0.001, help="at the end (cosine)")
     add("--momentum", type=flags.fraction, default=0.9, help="of the weights' SGD")
     add("--weight_decay", type=flags.non_negative, default=5e-5, help="of the weights' SGD")
     add("--arch_learning_rate", type=flags.positive, default=0.02, help="of alphas")

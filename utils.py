@@ -30,9 +30,9 @@ def set_seed(seed, deterministic=False, detect_anomaly=False):
     deterministic: PyTorch takes only algorithms that give the same bits every time.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
-        torch.use_deterministic_algorithms(True, warn_only=True)  # where there is no other way
-    torch.backends.cudnn.benchmark = not deterministic  # it takes the fastest by trial
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this for it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # warns where there is none such
+    torch.backends.cudnn.benchmark = not deterministic  # cuDNN tries its kernels
     torch.autograd.set_detect_anomaly(detect_anomaly)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -74,14 +74,14 @@ def count_parameters_in_MB(model):
 
 
 def without_module_prefix(state_dict):
-    """The state dict as a network saves it that is not wrapped in DataParallel."""
+    """The state dict without the `module.` prefix that DataParallel gives every name."""
     prefix = "module."
     wrapped = all(name.startswith(prefix) for name in state_dict)
     return {name.removeprefix(prefix) if wrapped else name: state_dict[name] for name in state_dict}
 
 
 def duration(seconds):
-    """As people say it."""
+    """The time in words: 90 s, 12 min, 3.5 h."""
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -132,7 +132,7 @@ def _data_transforms_cifar100(args):
 
 
 def drop_path(x, drop_prob):
-    """x (N, C, H, W) with each image's maps zero by this chance, the others scaled by 1 / keep."""
+    """x (N, C, H, W): each image's maps are zeroed with this probability, else times 1 / keep."""
     return stochastic_depth(x, float(drop_prob), "row")
 
 

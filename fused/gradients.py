@@ -22,7 +22,7 @@ class Gradients:
     WARM_UP calls, and replayed from then on: one launch instead of thousands. The first replay is
     compared with the step run without it; where they differ beyond rounding, or there is no graph,
     a line of the log says so, and all goes on without (`graphs` is False then, `reason` says why).
-    A batch of another size, such as the last of an epoch, runs as it would without. amp: bfloat16
+    Each size of batch has a graph of its own, also the last, short one of an epoch. amp: bfloat16
     where autocast has it. Of a model with several outputs the last are the logits.
     Without a criterion the loss is model._loss(input, target), and stands for the logits too.
     """

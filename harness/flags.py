@@ -87,7 +87,7 @@ def add_common_arguments(parser, batch_size, more_sets=""):
     add("--input_size", type=count, help="side of the images in pixels; None: the set's own")
     add("--batch_size", type=count, default=batch_size, help="images in a step")
     add("--mean", type=colour, metavar="R,G,B",
-        help="of each channel, pixels scaled to 0..1; None: the published one of CIFAR, else "
+        help="mean of each channel, pixels scaled to 0..1; None: the published one of CIFAR, else "
         "computed from the training images")  # fmt: skip
     add("--std", type=colour, metavar="R,G,B", help="standard deviation, as --mean")
     add_machine_arguments(parser)
@@ -109,7 +109,7 @@ def add_imagenet_arguments(parser, seed, workers):
 def add_machine_arguments(parser, gpu=0):
     """The flags of all that runs a network over images."""
     add = parser.add_argument
-    several = "; None: all, of torchrun one a process" if gpu is None else ""
+    several = "; None: all, or under torchrun one per process" if gpu is None else ""
     add("--gpu", type=natural, default=gpu, help=f"which GPU{several}")
     add("--device", help="cpu, cuda, cuda:1 or mps instead of --gpu")
     add("--report_freq", type=count, default=50, help="steps between two lines of progress")
@@ -130,7 +130,7 @@ def add_search_arguments(parser, begin, k, arch_learning_rate):
     add("--begin", type=natural, default=begin, help="epochs before alphas and betas move")
     add("--k", type=count, default=k, help="1/k of the channels go through the operations")
     add_variant_arguments(parser)
-    add("--learning_rate_min", type=non_negative, default=0.0, help="and at last (cosine)")
+    add("--learning_rate_min", type=non_negative, default=0.0, help="at the end (cosine)")
     add("--weight_decay", type=non_negative, default=3e-4, help="of the weights' SGD")
     add("--arch_learning_rate", type=positive, default=arch_learning_rate,
         help="of alphas and betas")  # fmt: skip
@@ -160,7 +160,8 @@ def add_training_arguments(parser, weight_decay, drop_path_prob):
     add("--weight_decay", type=non_negative, default=weight_decay, help="of SGD")
     add("--auxiliary", action="store_true", help="a second classifier at two thirds of the depth")
     add("--auxiliary_weight", type=non_negative, default=0.4, help="of its loss")
-    add("--drop_path_prob", type=fraction, default=drop_path_prob, help="at the end; grows from 0")
+    add("--drop_path_prob", type=fraction, default=drop_path_prob,
+        help="in the last epochs; grows from 0 with the epoch")  # fmt: skip
     add("--compile", action="store_true",
         help="torch.compile of the cells in training: minutes first, faster steps then, other "
         "rounding; needs a C++ compiler, on a GPU Triton")  # fmt: skip
@@ -182,23 +183,24 @@ def add_cutout_arguments(parser):
     """The flags of Cutout, on CIFAR-size images."""
     add = parser.add_argument
     add("--cutout", action="store_true", help="cut a square out of every training image")
-    add("--cutout_length", type=count, default=16, help="its side in pixels, even")
+    add("--cutout_length", type=count, default=16, help="side of that square in pixels, even")
 
 
 def add_run_arguments(parser, epochs, learning_rate):
     """The flags of all that searches or trains."""
     add, seed = parser.add_argument, parser.get_default("seed") or 0
     add("--seed", type=natural, default=seed, help="of every random number")
-    add("--epochs", type=count, default=epochs, help="epochs of the training images")
+    add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
     add("--grad_clip", type=positive, default=5.0,
-        help="the largest norm of the weights' gradient; in the searches on ImageNet and of "
-        "Auto-ReID of that of alphas and betas, too")  # fmt: skip
+        help="largest norm of the weights' gradient (and, in the searches on ImageNet and of "
+        "Auto-ReID, of that of alphas and betas)")  # fmt: skip
     add("--amp", action="store_true", help="bfloat16 where autocast has it: faster, rounds more")
     add("--save", default="EXP", help="name of the run, in the name of its folder")
     add("--resume", metavar="FOLDER", help="go on with the run in this folder")
     add("--save_every", type=positive, default=10.0, help="minutes between checkpoints in an epoch")
-    add("--deterministic", action="store_true", help="the same bits on a GPU too; slower there")
+    add("--deterministic", action="store_true",
+        help="deterministic kernels on a GPU where PyTorch has them; slower there")  # fmt: skip
     add("--detect_anomaly", action="store_true", help="find where NaN comes from; much slower")
     add("--report", type=count, nargs="?", const=5, metavar="N", help="report.html each N epochs")
     add(
@@ -211,14 +213,15 @@ def add_variant_arguments(parser):
     add = parser.add_argument
     add("--no_edge_norm", action="store_true", help="no betas (DARTS)")
     add("--sampling", default="shuffle", choices=["shuffle", "shift", "random"],
-        help="of the channels that the operations of the next node take")  # fmt: skip
+        help="which channels the operations of the next node take")  # fmt: skip
     add(
         "--primitives", metavar="OP,OP,...", help="operations to search; None: genotypes.PRIMITIVES"
     )
     add("--steps", type=number(int, 1, 100), default=4, help="nodes of a cell")
-    add("--max_skip", type=natural, help="skip_connects of the normal cell at most (P-DARTS)")
+    add("--max_skip", type=natural, help="at most this many skip_connects in the normal cell "
+        "(P-DARTS)")  # fmt: skip
     add("--eigenvalue", type=count, metavar="N",
-        help="each N epochs the largest of the loss's Hessian in alpha")  # fmt: skip
+        help="every N epochs the largest eigenvalue of the loss's Hessian in alpha")  # fmt: skip
 
 
 # What a resumed run may be given anew: where and how it runs, not what it computes.

@@ -16,8 +16,8 @@ from utils import AverageMeter, UserError, accuracy
 class Figures:
     """Loss, top-1 and top-5 of an epoch, and its speed; shows them as it goes.
 
-    run: a runs.Run, whose epoch this is; None outside a run (test.py). With a run that was
-    resumed in the middle of an epoch they go on from there.
+    run: a runs.Run, whose epoch this is; None in an evaluation. Where the run was resumed within
+    the epoch, the figures go on from the checkpoint's.
     """
 
     def __init__(self, name, loader, report_freq, log, run=None):
@@ -30,7 +30,7 @@ class Figures:
         if run is not None and run.unfinished is not None:
             self._load(run.unfinished)
             run.unfinished = None
-        # A bar with the time left on a terminal, plain lines elsewhere.
+        # On a terminal a progress bar, elsewhere plain lines; None: tqdm looks which it is.
         quiet = None if distributed.is_main() else True
         self.bar = tqdm(
             loader, desc=name, leave=False, disable=quiet, dynamic_ncols=True, initial=self.step,
@@ -53,7 +53,7 @@ class Figures:
                     self.bar.set_postfix_str(shown)
 
     def update(self, loss, logits, y, norm=None):
-        """Adds a step. norm: of its gradients; with it the step must be finite: UserError."""
+        """Adds a step. norm: of its gradient; UserError where it or the loss is not finite."""
         top1, top5 = accuracy(logits.detach(), y, topk=(1, 5))
         for meter, value in zip(self.meters, (loss, top1, top5), strict=True):
             meter.update(value, len(y))
@@ -119,7 +119,7 @@ class Figures:
 def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, args, frozen, run):
     """One epoch of bilevel search: an architect.search_step for each batch of `loader`.
 
-    docs/differences.md, 2 and 3.
+    See docs/differences.md, 2 and 3.
 
     valid_batches: endless (x, y) of the validation half, read only where alphas and betas are not
     frozen. gradients: fused.Gradients of the training loss. args: unrolled, grad_clip,
@@ -130,9 +130,10 @@ def search_epoch(loader, valid_batches, model, gradients, architect, optimizer, 
     figures = Figures("search", loader, args.report_freq, run.log, run)
     for x, y in figures.steps():
         valid = None if frozen else next(valid_batches)
-        distributed.broadcast(model.resample())
-        both = architect, optimizer
-        loss, logits, norm = search_step((x, y), valid, weights, gradients, *both, args)
+        distributed.broadcast(model.resample())  # the channels of --sampling random; else nothing
+        loss, logits, norm = search_step(
+            (x, y), valid, weights, gradients, architect, optimizer, args
+        )
         figures.update(loss, logits, y, norm)
         run.step(figures)
     return figures.result(loader.device)
@@ -159,6 +160,7 @@ def train_epoch(loader, model, criterion, optimizer, args, run, forward=classify
         optimizer.zero_grad()
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
             total, logits = forward(model, criterion, x, y, args)
+        # The share of this process, since gradients are averaged; 1 if it is alone.
         (total * distributed.share(len(y), loader.device)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         optimizer.step()
@@ -176,7 +178,7 @@ def evaluate(loader, model, criterion, args, log, run=None):
     model.eval()
     figures = Figures("evaluate", loader, args.report_freq, log)
     for x, y in figures.steps():
-        if len(y):  # of a last batch a process may have nothing
+        if len(y):  # a process may have no image of the last batch
             logits = model(x)
             logits = logits[0] if isinstance(logits, tuple) else logits
             figures.update(criterion(logits, y), logits, y)
@@ -186,10 +188,10 @@ def evaluate(loader, model, criterion, args, log, run=None):
 
 
 def learning_rate(epoch, epochs, base, schedule, warm_up, last=0.0):
-    """Of epoch 0, 1, ... of an ImageNet run, as published.
+    """The learning rate of epoch 0, 1, ... of an ImageNet run, as published.
 
-    "cosine" from `base` to `last`, "linear" to base / (epochs - 5) and in five epochs to zero.
-    warm_up: in the first five epochs it rises to `base` instead.
+    "cosine": from `base` to `last`. "linear": down to base / (epochs - 5), then in the last five
+    epochs towards zero. warm_up: in the first five epochs it rises to `base` instead.
     """
     left = epochs - epoch
     if warm_up and epoch < 5:

@@ -239,7 +239,7 @@ class Run:
         if seconds >= 120 and now - self.time_left_said >= 60:
             self.time_left_said = now
             until = time.strftime("%a %H:%M", time.localtime(now + seconds))
-            self.log.info("%d epochs left: %s as the last one went, until %s",
+            self.log.info("%d epochs left: %s at the pace of the last one, until about %s",
                           left, utils.duration(seconds), until)  # fmt: skip
         self.epoch_began = now
         due = self.report_every and (self.epoch % self.report_every == 0 or not left)

@@ -285,7 +285,7 @@ def test_darts_sets_exactly_these():
     changed = {name: value for name, value in darts.items() if value != plain[name]}
     assert changed == {
         "darts": True, "k": 1, "no_edge_norm": True, "batch_size": 64, "learning_rate": 0.025,
-        "arch_learning_rate": 3e-4, "begin": 0,
+        "learning_rate_min": 0.001, "arch_learning_rate": 3e-4, "begin": 0,
     }  # fmt: skip
     assert flags_of("--darts", "--batch_size", "32")["batch_size"] == 32
 
