@@ -55,10 +55,20 @@ def pc_darts_imagenet(
     return _loaded(_model.NetworkImageNet(genotype=cell, **sizes), weights)
 
 
-def supernet(num_classes=10, weights=None, C=16, layers=8, **variant):
-    """The search network; variant: further arguments of model_search.Network, such as k."""
-    criterion = _nn.CrossEntropyLoss()
-    return _loaded(_model_search.Network(C, num_classes, layers, criterion, **variant), weights)
+def supernet(num_classes=None, weights=None, C=None, layers=None, **variant):
+    """The search network; variant: further arguments of model_search.Network, such as k.
+
+    What is not given is that of the search whose weights are given, else as published: 10 classes,
+    16 channels, 8 layers. UserError where it is given and not the search's.
+    """
+    given = dict(num_classes=num_classes, C=C, layers=layers)
+    given = {name: value for name, value in given.items() if value is not None} | variant
+    run = {} if weights is None else _trainings.of_search(_folder(weights))
+    for name in given.keys() & run.keys():
+        if given[name] != run[name]:
+            raise _UserError(f"{weights} has {name}={run[name]}, not {given[name]}: leave it out")
+    arguments = dict(num_classes=10, C=16, layers=8, criterion=_nn.CrossEntropyLoss()) | run | given
+    return _loaded(_model_search.Network(**arguments), weights)
 
 
 def tas(arch="unpruned", num_classes=None, weights=None, depth=None):

@@ -92,6 +92,8 @@ def main(args):
         raise utils.UserError(f"{args.data} has other classes than {folder} learned: give its data")
     stem = "imagenet" if args.set == "imagenet" else args.stem
     outputs = about.get("args", {}).get("classes") or len(classes)
+    if type(outputs) is not int or outputs < 1:
+        raise utils.UserError(f"{folder}/args.json is damaged, in classes")
     with utils.user_errors(ValueError):
         model = network or build(
             genotype, args.init_channels, outputs, args.layers, stem, args.auxiliary

@@ -64,7 +64,8 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
-    about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    about = dict(classes=dataset.classes, images=data.digest(dataset))
+    about |= dict(mean=dataset.mean, std=dataset.std)
     about |= dict(parameters_m=utils.count_parameters_in_MB(model), **layout)
     run = Run("eval", args, device, parts, {"best": [-1.0, 0], "tested": {}}, genotype, **about)
     if run.finished(args):

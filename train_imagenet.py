@@ -74,7 +74,8 @@ def main(args):
         weight_decay=args.weight_decay,
     )
 
-    about = dict(classes=train_images.classes, mean=imagenet.MEAN, std=imagenet.STD)
+    about = dict(classes=train_images.classes, images=imagenet.digest(train_images, val_images))
+    about |= dict(mean=imagenet.MEAN, std=imagenet.STD)
     about |= dict(parameters_m=utils.count_parameters_in_MB(network), **layout)
     parts = {"model": network, "optimizer": optimizer, "loader": train}
     run = Run("eval", args, device, parts, {"best": [-1.0, 0], "tested": {}}, genotype, **about)

@@ -80,7 +80,7 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
-    about = dict(classes=dataset.classes, primitives=model.primitives)
+    about = dict(classes=dataset.classes, images=data.digest(dataset), primitives=model.primitives)
     run = Run("search", args, device, parts, **about)
     if run.finished(args):
         return

@@ -80,7 +80,8 @@ def main(args):
 
     kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
     kept |= {"loader": train, "valid_loader": valid}
-    about = dict(classes=parts[0].classes, primitives=model.primitives)
+    about = dict(classes=parts[0].classes, images=imagenet.digest(*parts))
+    about["primitives"] = model.primitives
     run = Run("search", args, device, kept, begin=partial(imagenet.write_split, parts), **about)
     if run.finished(args):
         return

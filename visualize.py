@@ -30,6 +30,15 @@ def get_args():
 
 
 def main(args):
+    try:
+        show(args)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # edited by hand
+        what = f"{type(error).__name__}: {error}"
+        raise utils.UserError(f"{' '.join(args.what)} is damaged ({what}): mend it") from None
+
+
+def show(args):
+    args.what = list(dict.fromkeys(args.what))
     folders = [Path(what) for what in args.what]
     are_runs = [os.path.isfile(folder / "args.json") for folder in folders]  # a text is none
     out = None if args.out is None else files.expanded(args.out)
@@ -57,6 +66,7 @@ def main(args):
         return
     drawing.figures()
 
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     runs = [report.read(folder) for folder in folders]
     is_tas = len(runs) == 1 and runs[0].about["script"].endswith("_tas")
     if args.animate:

@@ -59,6 +59,7 @@ def main(args):
         for name in names:
             if name != "found":
                 genotypes.load(name, OPS)
+    root.mkdir(parents=True, exist_ok=True)
     images, of = args.data, ""
     if args.every > 1:
         if args.set != "folder":

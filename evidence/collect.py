@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness import drawing, files, flags, report, script
 from harness.runs import RECORDS
+from utils import UserError
 
 DATA = ("data", "tmp_data_dir")  # flags that name the data's folder
 
@@ -34,6 +35,8 @@ def main(args):
 def collect(run, dest, format="png"):
     """Copies what is small of a run folder into dest; returns the paths. UserError: no run."""
     record, dest = report.read(run), files.expanded(dest)
+    if any((dest / name).exists() for name in ("log.txt", "checkpoint.pt", "weights.pt")):
+        raise UserError(f"{dest} is a run: give another folder, such as evidence/NAME")
     # Drawn before the folder is made: it may say what to install.
     pictures = {} if format == "none" else report.pictures(record)
     dest.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,6 @@ each of the seeds. Call it again to go on where it was stopped. Prints the table
 ROOT/results.md, and every run's figures in ROOT/results.csv. What came out stands in docs/reid.md.
 """
 
-from pathlib import Path
-
 from harness import files, flags, protocol, script
 from reid.data import SETS
 from reid.flags import stages
@@ -41,7 +39,7 @@ def get_args():
 
 
 def main(args):
-    root = Path(args.root)
+    root = files.expanded(args.root)
     shared = f"--set {args.set} --height {args.height} --width {args.width} --layers {args.layers} "
     shared += f"--init_channels {args.init_channels} --embedding {args.embedding} "
     shared += f"--identities {args.identities} --workers 0"

@@ -11,7 +11,6 @@ results.md and results.csv under --root. What came out stands in docs/tas.md.
 
 import json
 import statistics
-from pathlib import Path
 
 from harness import files, flags, protocol, script
 from tas import found
@@ -46,7 +45,7 @@ def get_args():
 
 
 def main(args):
-    root = Path(args.root)
+    root = files.expanded(args.root)
     root.mkdir(parents=True, exist_ok=True)
     data, of = args.data, ""
     if args.set == "folder" and max(args.train_every, args.test_every) > 1:

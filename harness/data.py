@@ -5,11 +5,13 @@ on whole batches, each image with its own draw from the distribution of the torc
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import center_crop, resize
 
@@ -94,6 +96,14 @@ def counts(images: Images) -> tuple[int, int]:
     """(fewest, most) images of a class that is there."""
     per_class = images.labels.bincount()
     return int(per_class.min()), int(per_class.max())
+
+
+def digest(dataset: DataSet) -> str:
+    """Of all pixels and labels: another one where they differ."""
+    found = hashlib.sha256()
+    for part in (*dataset.train, *dataset.test):
+        found.update(part.contiguous().numpy())
+    return found.hexdigest()[:16]
 
 
 def halves(images: Images, train_portion: float) -> tuple[Images, Images]:
@@ -214,12 +224,29 @@ def image_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
     def wanted(path):
         return path.lower().endswith((*IMG_EXTENSIONS, ".gif")) and f"{os.sep}." not in path[start:]
 
-    labels = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(folder, labels, is_valid_file=wanted, allow_empty=True)
-    empty = set(labels.values()) - {label for _, label in samples}
+    samples = [
+        (path, label) for label, name in enumerate(classes)
+        for path in _files_below(os.path.join(folder, name)) if wanted(path)
+    ]  # fmt: skip
+    empty = set(range(len(classes))) - {label for _, label in samples}
     if empty:
-        raise UserError(f"{folder / classes[min(empty)]} has no images: add some")
+        raise UserError(f"{folder / classes[min(empty)]} has no images, *.png or so: add some")
     return samples
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """All files in the folder and its subfolders, links followed, in the order of ImageFolder."""
+    found, above = [], {folder: [os.path.realpath(folder)]}  # of each the folders that it lies in
+    for path, folders, names in os.walk(folder, followlinks=True):
+        found.append((path, names))
+        for name in folders:
+            inner = os.path.join(path, name)
+            target = os.path.realpath(inner)
+            leads_up = f"{above[path][-1]}{os.sep}".startswith(f"{target}{os.sep}")
+            if leads_up or target in above[path]:
+                raise UserError(f"{inner} is a link to a folder that it lies in: remove it")
+            above[inner] = [*above[path], target]
+    return (os.path.join(path, name) for path, names in sorted(found) for name in sorted(names))
 
 
 def _read(sources, size: int) -> np.ndarray:
@@ -246,9 +273,14 @@ def open_image(path: str) -> Image.Image:
     Raises UserError that names a file which is broken.
     """
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError("no file")
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, 0..65535, which convert() would clip
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.mode == "F":
+                raise OSError("of floating point numbers, whose range is unknown")
+            if image.mode.startswith("I"):  # grey, 0..65535 or 0..255, which convert() would clip
+                grey = np.asarray(image).clip(0, 65535)
+                image = Image.fromarray((grey // (257 if grey.max() > 255 else 1)).astype(np.uint8))
             image.info.pop("transparency", None)  # of a palette: convert() would warn
             return image.convert("RGB")
     except Exception as error:  # the decoders raise OSError, SyntaxError, struct.error and others
@@ -316,6 +348,11 @@ class Batches:
                 f"batch_size {batch_size} is larger than the {total} images of the {what}; "
                 f"use --batch_size {total} or less"
             )
+        side = min(images.images.shape[1:3])
+        if cutout_length == 1 or cutout_length // 2 >= side:
+            does = "cuts nothing out of" if cutout_length == 1 else "blanks the whole of"
+            raise UserError(f"--cutout_length {cutout_length} {does} an image of {side} pixels: "
+                            f"give 2 to {2 * side - 1}, half the side perhaps")  # fmt: skip
         self.device = torch.device(device)
         self.images, self.labels = (t.to(self.device) for t in images)
         self.mean = torch.tensor(dataset.mean, device=self.device).view(3, 1, 1)

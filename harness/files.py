@@ -39,6 +39,7 @@ def make_folder(kind, save):
     parent, name = path.parent, path.name
     if name in ("", ".."):
         raise UserError(f"--save {save!r} names no run: give a name, such as --save EXP")
+    script.made_parents += [each for each in (parent, *parent.parents) if not each.exists()]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = parent / f"{kind}-{name}-{stamp}{suffix}"
@@ -68,7 +69,8 @@ def start_log(folder=None, quiet=False):
     log.propagate = False
     log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout)]
     if folder is not None and not quiet:
-        log.handlers.append(logging.FileHandler(folder / "log.txt"))
+        how = dict(encoding="utf-8", errors="backslashreplace")
+        log.handlers.append(logging.FileHandler(folder / "log.txt", **how))
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%m/%d %I:%M:%S %p"))
     return log

@@ -25,6 +25,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse; defaults, which may be of an args.json, must be among the choices, too."""
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            if action.choices and isinstance(value, str) and value not in action.choices:
+                among = ", ".join(action.choices)
+                self.error(f"argument --{action.dest}: {value[:50]!r} is none of {among}")
+        return parsed
+
     def error(self, message):
         message = " ".join(message.split())
         message = message if len(message) < 500 else message[:500] + "..."
@@ -306,6 +316,8 @@ def need(what, packages, listed="requirements-viz.txt"):
             name = package.split(".")[-1]
             hint = f"pip install {name}, or all of {listed}"
             raise UserError(f"{what} needs {name}: {hint}") from None
+        except ValueError as error:  # as matplotlib's, of a wrong MPLBACKEND
+            raise UserError(f"{what}: {package} says {error}") from None
 
 
 def advise(log, args, batch_size, learning_rate):

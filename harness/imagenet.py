@@ -188,6 +188,14 @@ def write_split(files, folder):
         (folder / name).write_bytes(b"".join(map(os.fsencode, lines)))
 
 
+def digest(*parts):
+    """Of the names of all images of some Files: another one where they differ."""
+    found = hashlib.sha256()
+    for files in parts:
+        found.update(b"\n".join(files.paths.tolist()) + b"\0" + files.labels.tobytes())
+    return found.hexdigest()[:16]
+
+
 def counts(files):
     """(fewest, most) images of a class."""
     per_class = np.bincount(files.labels, minlength=len(files.classes))

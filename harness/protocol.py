@@ -53,7 +53,10 @@ def run(kind, name, root, script, *flags):
         if code == 2:  # the script has said what is wrong
             raise UserError(f"{script} of {name} stopped; the line above says why")
         sys.exit(code if code > 0 else 128 - code)
-    return begun(kind, name, root)
+    folder = begun(kind, name, root)
+    if folder is None:
+        raise UserError(f"{script} left no folder {Path(root) / kind}-{name}-*: look for it")
+    return folder
 
 
 def begun(kind, name, root):
@@ -124,12 +127,18 @@ def table(header, lines):
 def thinned(folder, root, train_every, test_every):
     """A folder in `root` of links to each n-th image, by name, of each class of a folder set.
 
-    Raises UserError where `folder` has no train or test folder.
+    Raises UserError where `folder` has no train folder, or neither test nor val, and where the
+    links that are there lead to other data.
     """
     folder, subset = files.expanded(folder), Path(root, f"data-{train_every}-{test_every}")
-    for half, n in (("train", train_every), ("test", test_every)):
+    test = "test" if (folder / "test").is_dir() else "val"
+    for half in ("train", test):
         if not (folder / half).is_dir():
             raise UserError(f"{folder} has no {half} folder: give the data of the set")
+    for link in subset.glob("*/*/*"):
+        if link.exists() and folder.resolve() not in link.resolve().parents:
+            raise UserError(f"{subset} is of other data, {link.resolve()}: give another --root")
+    for half, n in (("train", train_every), (test, test_every)):
         classes = data.class_names(folder / half)
         samples = sorted(data.image_files(folder / half, classes))  # by class, then by name
         for label, of_class in itertools.groupby(samples, key=lambda sample: sample[1]):

@@ -224,7 +224,7 @@ def page(path, title, parts):
         f"<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
     )
     with drawing.writing(path):
-        files.write(path, text.encode())
+        files.write(path, text.encode(errors="backslashreplace"))
 
 
 def groups(runs):
@@ -236,7 +236,8 @@ def groups(runs):
             args.pop(name, None)
         if any(part.startswith("search-") for part in Path(str(args.get("arch"))).parts):
             args["arch"] = "the cell of a search"
-        key = json.dumps([run.about["script"], args, run.about.get("classes")], sort_keys=True)
+        data = [run.about.get(name) for name in ("classes", "images")]
+        key = json.dumps([run.about["script"], args, *data], sort_keys=True)
         alike.setdefault(key, []).append(run)
     return list(alike.values())
 
@@ -266,7 +267,7 @@ def summary(group):
     results = [[value for _, value in run.measured] for run in begun if run.measured]
     sizes = [run.column("parameters_m") or [run.about.get("parameters_m")] for run in group]
     seconds = [sum(run.column("seconds")) for run in begun]
-    memory = [max(run.column("memory_mib")) for run in begun]
+    memory = [max(run.column("memory_mib"), default=0) for run in begun]
     done = sorted({f"{len(run.rows)} of {run.epochs}" for run in group})
     whole = all(len(run.rows) == run.epochs for run in group)
     row = {

@@ -52,6 +52,8 @@ class Run:
         self.epochs, self.epoch_began, self.report_every = args.epochs, time.time(), args.report
         self.time_left_said = 0.0  # when the log last told how long it will take
         self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
         self.resumed = args.resume is not None
         if self.resumed:
             self.folder = Path(args.resume)
@@ -66,6 +68,9 @@ class Run:
                 raise UserError(f"{self.folder} learned other classes: give the data of the run")
             if before.get("images", about.get("images")) != about.get("images"):
                 raise UserError(f"{self.folder} is of other images: give the data of the run")
+            if before.get("primitives", about.get("primitives")) != about.get("primitives"):
+                raise UserError(f"{self.folder} searches among {before['primitives']}: restore "
+                                "PRIMITIVES in genotypes.py")  # fmt: skip
             self._restore(load_checkpoint(self.folder, self.log), args)
         elif distributed.is_main():
             _copy_scripts(self.folder / "scripts")
@@ -84,8 +89,6 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._signalled)
 
     def _lock(self):
         """The log file is locked as long as this process lives."""
@@ -99,9 +102,13 @@ class Run:
         if distributed.is_main():
             for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
                 path.unlink(missing_ok=True)
-        before, now = files.read_args(self.folder).get("torch"), torch.__version__
-        if before != now:
+        about, now = files.read_args(self.folder), torch.__version__
+        if about.get("torch") != now:
+            before = about.get("torch")
             self.log.info("this is torch %s, the run began with %s: bits may differ", now, before)
+        before, now = about.get("device"), flags.describe(self.device)
+        if before != now:
+            self.log.info("the run began with: %s; bits may differ", before)
         if state is None and (self.folder / "weights.pt").exists():
             raise UserError(f"{self.folder} has weights.pt and no checkpoint: begin a new run")
         if state is None:

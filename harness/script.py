@@ -1,5 +1,6 @@
 """What surrounds the main function of a script: how errors and interrupts end it."""
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -21,7 +22,10 @@ def run(main, get_args):
     args = None
     keep_memory()
     for name in ("stdout", "stderr"):  # closed by who started this
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError):  # of streams that cannot
+            stream.reconfigure(errors="backslashreplace")  # names need not be text
+        setattr(sys, name, stream)
     try:
         args = get_args()
         main(args)
@@ -84,12 +88,16 @@ def _out_of_memory(args):
 
 
 unsaved_runs = []  # folders of this process that hold no checkpoint yet
+made_parents = []  # folders that were made for them, the inner ones first
 
 
 def _fail(message, code):
     """Prints the line; a run folder that holds nothing to go on from is taken away."""
     for folder in unsaved_runs if code == 2 else ():
         shutil.rmtree(folder, ignore_errors=True)
+    for folder in made_parents if code == 2 else ():
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
     message = " ".join(str(message).split())
     who = f" (process {dist.get_rank()})" if dist.is_initialized() else ""
     if dist.is_initialized() and dist.get_rank() > 0:

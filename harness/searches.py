@@ -11,7 +11,7 @@ from model_search import Network
 
 def supernet(args, classes, criterion, stem):
     """The Network of a search's flags; ValueError or UserError where there is none such."""
-    names = args.primitives and args.primitives.split(",")
+    names = None if args.primitives is None else args.primitives.split(",")
     if names and (len(set(names)) < len(names) or set(names) == {"none"}):
         raise utils.UserError(f"--primitives {args.primitives}: give each once, and more than none")
     return Network(
@@ -57,7 +57,11 @@ def report(run, args, lr, figures, model, held_out, imagenet=False):
         figures["images_per_second"], figures["seconds"], figures["memory_mib"], state, *skips,
     )  # fmt: skip
     run.log.info("genotype = %s", genotypes.text(genotype))
-    parameters, multiply_adds = costs.derived_cost(genotype, imagenet)
+    parameters = multiply_adds = float("nan")
+    try:
+        parameters, multiply_adds = costs.derived_cost(genotype, imagenet)
+    except (ValueError, RuntimeError) as error:  # of an operation that does not fit the size
+        run.log.info("the cell makes no network of the published size (%s)", error)
     row = {
         "epoch": epoch + 1, "learning_rate": lr, **figures, "frozen": int(epoch < args.begin),
         **analysis.entropies(model), "skip_connects_normal": skips[0],

@@ -5,6 +5,7 @@ different people in all of them but `digits`.
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -200,7 +201,7 @@ def digest(data):
     found = hashlib.sha256()
     for part in data[:3]:
         if isinstance(part.images, list):
-            found.update("\n".join(Path(path).name for path in part.images).encode())
+            found.update(b"\n".join(os.fsencode(Path(path).name) for path in part.images))
         found.update(part.ids.tobytes() + part.cameras.tobytes())
     return found.hexdigest()[:16]
 

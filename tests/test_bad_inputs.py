@@ -89,6 +89,16 @@ def place(tmp_path_factory):
     images("text_image", lambda folder: (folder / "train/a/0.png").write_text("no image"))
     images("cut_image", lambda folder: (folder / "test/b/1.png").write_bytes(b"\x89PNG\r\n\x1a\n"))
     images("two_images", lambda folder: [p.unlink() for p in folder.glob("train/*/[12].png")])
+    images("looped", lambda folder: (folder / "train/a/up").symlink_to(folder))
+    images(
+        "two_loops",
+        lambda folder: [
+            (folder / f"train/{a}/{b}").symlink_to(folder / f"train/{b}") for a, b in ("ab", "ba")
+        ],
+    )
+    images("pipe", lambda folder: os.mkfifo(folder / "train/a/4.png"))
+    images("floats", lambda folder: Image.fromarray(np.ones((9, 9), np.float32)).save(
+        folder / "train/b/4.tif"))  # fmt: skip
     images("fine", lambda folder: None)
     (place / "empty").mkdir()
     (place / "a_file").write_text("text")
@@ -145,6 +155,10 @@ def place(tmp_path_factory):
     broken("wrong_type", arguments(auxiliary="yes"))
     broken("wrong_value", arguments(layers="many"))
     broken("other_classes", arguments(classes=["a", "b"]))
+    broken("other_images", arguments(images="0"))
+    broken("no_choice", arguments(layout="round"))
+    shutil.copytree(place / "search", place / "other_space")
+    arguments(primitives=["none", "skip_connect"])(place / "other_space")
     broken("newer", state(format=99))
     broken("foreign", state(script="train_search"))
     broken("no_epoch", state(epoch=None))
@@ -171,6 +185,7 @@ def place(tmp_path_factory):
         ("layers_a_list", arguments(layers=[1])),
         ("channels_a_float", arguments(init_channels=8.0)),
         ("odd_size", arguments(input_size=33)),
+        ("no_stem", arguments(stem="tree")),
     ):
         broken(name, change)
     (place / "lonely").mkdir()
@@ -279,6 +294,10 @@ FLAGS = [  # of the wrong type or range, unknown, or against each other
     ("visualize.py PCDARTS eval", "PCDARTS is no run folder"),
     ("visualize.py eval search --dot", "--dot"),
     ("visualize.py PCDARTS --animate", "--animate takes the folder of a search: give one"),
+    (f"{SEARCH} --primitives ''", "unknown operation ''"),
+    ("train.py --set digits --input_size 8 --cutout", "blanks the whole", "give 2 to 15"),
+    ("train.py --set digits --cutout --cutout_length 1", "cuts nothing out"),
+    (f"{SEARCH} --save new/folder/{'x' * 260}", "cannot be made"),
     (f"{SEARCH} --cutout_length 8", "--cutout_length does nothing without --cutout"),
     ("train.py --set digits --auxiliary_weight 0.3", "without --auxiliary"),
     ("train_tas.py --set digits --distillation 0.5", "--distillation", "without --teacher"),
@@ -349,6 +368,10 @@ PLACES = [  # folders and images
     (f"{TRAIN_FOLDER} more_classes", "'c'"),
     (f"{TRAIN_FOLDER} empty_class", "train/a", "no images"),
     (f"{TRAIN_FOLDER} cut_image", "1.png"),
+    (f"{TRAIN_FOLDER} looped", "train/a/up is a link to a folder that it lies in"),
+    (f"{TRAIN_FOLDER} two_loops", "train/a/b/a is a link to a folder that it lies in"),
+    (f"{TRAIN_FOLDER} pipe", "4.png is no intact image"),
+    (f"{TRAIN_FOLDER} floats", "4.tif", "floating point"),
     (f"{TRAIN_FOLDER} two_images --batch_size 3", "batch_size 3"),
     (f"{TRAIN_FOLDER} fine --input_size 4", "input_size 4"),
     ("train_imagenet.py --tmp_data_dir nowhere", "nowhere", "--tmp_data_dir"),
@@ -402,6 +425,7 @@ WEIGHTS = [
     ("test.py --model_path layers_a_list", "--layers"),
     ("test.py --model_path channels_a_float", "--init_channels"),
     ("test.py --model_path odd_size", "33"),
+    ("test.py --model_path no_stem", "--stem: 'tree' is none of cifar, imagenet"),
 ]
 RESUMES = [
     ("nowhere", "nowhere", "folder of a run"),
@@ -419,6 +443,8 @@ RESUMES = [
     ("wrong_type", "auxiliary"),
     ("wrong_value", "--layers", "many"),
     ("other_classes", "other classes"),
+    ("other_images", "other images"),
+    ("no_choice", "--layout: 'round' is none of auto"),
     ("newer", "another version"),
     ("foreign", "no checkpoint of train.py"),
     ("no_epoch", "does not fit"),
@@ -444,6 +470,7 @@ COMMANDS = (
 COMMANDS += [
     ("train_search.py --resume eval", "train.py"),
     ("train_search.py --resume search --k 2", "--k 2", "4"),
+    ("train_search.py --resume other_space", "restore PRIMITIVES in genotypes.py"),
     ("train_search_imagenet.py --resume search", "train_search.py"),
     ("train_imagenet.py --resume search", "train_search.py"),
     ("train_imagenet.py --resume nowhere", "folder of a run"),

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import operations
 import recipe
 from architect import Architect, search_step
 from fused import Gradients
@@ -801,6 +802,17 @@ def search(flags_, cwd, times=None, code=0):
             script.run(train_search.main, train_search.get_args)
     for number, handler in kept.items():  # which a run takes over
         signal.signal(number, handler)
+
+
+def test_an_operation_that_does_not_fit_the_published_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(operations.OPS, "group", lambda C, stride, affine: torch.nn.Sequential(
+        torch.nn.AvgPool2d(stride), torch.nn.Conv2d(C, C, 3, padding=1, groups=8)))  # fmt: skip
+    search("--set digits --input_size 8 --batch_size 300 --layers 3 --epochs 1 --init_channels 16 "
+           "--k 2 --primitives none,group", tmp_path)  # fmt: skip
+    assert "the cell makes no network of the published size" in capsys.readouterr().out
+    [metrics] = tmp_path.glob("search-*/metrics.csv")
+    header, row = (line.split(",") for line in metrics.read_text().splitlines())
+    assert row[header.index("parameters_m")] == "nan"
 
 
 def test_a_run_keeps_its_form_and_its_bits(tmp_path, capsys):

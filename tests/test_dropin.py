@@ -992,6 +992,28 @@ def test_hub_takes_the_sizes_of_a_run(tmp_path):
         torch.hub.load(str(ROOT), "pc_darts_cifar", **how)
 
 
+def test_hub_takes_the_space_of_a_search(tmp_path):
+    space = dict(k=2, steps=3, edge_norm=False, sampling="shift",
+                 primitives=["none", "skip_connect", "sep_conv_3x3"])  # fmt: skip
+    network = Network(8, 5, 4, None, multiplier=3, **space)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    args = dict(init_channels=8, layers=4, k=2, steps=3, no_edge_norm=True, sampling="shift",
+                stem="cifar")  # fmt: skip
+    about = {"format": 1, "script": "train_search", "args": args, "classes": list("abcde")}
+    (tmp_path / "args.json").write_text(json.dumps(about | {"primitives": space["primitives"]}))
+    how = dict(source="local", weights=tmp_path)
+    loaded = torch.hub.load(str(ROOT), "supernet", **how)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(loaded.eval()(x), network.eval()(x))
+    assert loaded.genotype() == network.genotype()
+    for given in (dict(edge_norm=True), dict(sampling="shuffle"), dict(k=4)):
+        with pytest.raises(utils.UserError, match="leave it out"):
+            torch.hub.load(str(ROOT), "supernet", **how, **given)
+    (tmp_path / "args.json").write_text(json.dumps(about))
+    with pytest.raises(utils.UserError, match=r"args.json is damaged \('primitives'\)"):
+        torch.hub.load(str(ROOT), "supernet", **how)
+
+
 def test_hub_gives_a_network_that_a_search_found(tmp_path):
     network = found.uniform(8, 0.5, 7, 16)
     run = tmp_path / "eval-x"

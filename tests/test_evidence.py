@@ -134,7 +134,7 @@ def test_a_run_of_another_script_is_an_error(fake):
 
 TOY = ["--set", "digits", "--cells", "found,random:0", "--searches", "1", "--seeds", "1"]
 TOY += ["--epochs", "6", "--init_channels", "4", "--layers", "3"]
-TOY += ["--train_flags", "--input_size 8 --batch_size 300 --report_freq 1"]
+TOY += ["--train_flags", "--input_size 8 --cutout_length 4 --batch_size 300 --report_freq 1"]
 TOY += ["--search_flags"]
 TOY += ["--epochs 2 --begin 1 --batch_size 180 --init_channels 8 --layers 3 --input_size 8"]
 
@@ -330,6 +330,19 @@ def test_each_third_image_of_each_class_to_train_on_and_each_second_to_test(tmp_
     assert found == ["cat/a/0.png", "cat/b/0.png", "dog/0.png"]
 
 
+def test_links_to_other_data_are_not_mixed(tmp_path):
+    for name in ("one", "other"):
+        for half in ("train", "val"):
+            for label in ("cat", "dog"):
+                path = tmp_path / name / half / label / f"{name}.png"
+                path.parent.mkdir(parents=True)
+                path.write_text(name)
+    subset = protocol.thinned(tmp_path / "one", tmp_path / "root", 2, 2)
+    assert len(list(subset.glob("val/*/*"))) == 2
+    with pytest.raises(UserError, match="is of other data"):
+        protocol.thinned(tmp_path / "other", tmp_path / "root", 2, 2)
+
+
 def test_flags_with_a_quote_that_does_not_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cells.py", "--train_flags", "--note 'x"])
     with pytest.raises(SystemExit, match="2"):
@@ -338,6 +351,18 @@ def test_flags_with_a_quote_that_does_not_end(monkeypatch, capsys):
 
 
 # evidence.collect
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        about = {"format": 1, "script": "train", "command": ["train.py"], "args": {"save": name}}
+        (tmp_path / name / "args.json").write_text(json.dumps(about))
+        (tmp_path / name / "log.txt").write_text("")
+    for dest in ("one", "other"):
+        with pytest.raises(UserError, match="is a run: give another folder"):
+            collect.collect(tmp_path / "one", tmp_path / dest, "none")
+    assert json.loads((tmp_path / "other" / "args.json").read_text())["args"]["save"] == "other"
 
 
 @pytest.mark.parametrize("format", ["png", "svg", "none"])

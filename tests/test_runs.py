@@ -32,7 +32,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SEARCH = "train_search.py --set digits --epochs 3 --begin 1 --batch_size 180 --init_channels 8 "
 SEARCH += "--layers 3 --input_size 8 --save_every 0.001 --report_freq 1"
 TRAIN = "train.py --set digits --epochs 3 --batch_size 300 --init_channels 4 --layers 3 "
-TRAIN += "--input_size 8 --drop_path_prob 0.3 --cutout --save_every 0.001 --report_freq 1"
+TRAIN += "--input_size 8 --drop_path_prob 0.3 --cutout --cutout_length 4 "
+TRAIN += "--save_every 0.001 --report_freq 1"
 
 
 def start(command, cwd, python=(sys.executable,), **more):

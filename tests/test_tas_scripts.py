@@ -292,7 +292,7 @@ def test_half_precision_and_searched_depths(made):
                          "--tau_schedule cosine --epochs 1 --grad_clip 5", made["cwd"])  # fmt: skip
     assert len(found.load(str(folder)).blocks) == 3
     assert "blocks [" in output
-    flags = f"--arch {folder} --epochs 1 --amp --cutout"
+    flags = f"--arch {folder} --epochs 1 --amp --cutout --cutout_length 4"
     output, _ = run(f"{TRAIN} {flags}", made["cwd"])
     assert "test accuracy after the last epoch" in output
 

@@ -280,6 +280,34 @@ def test_comparisons(tmp_path):
     assert len(pictures(page)) == 1 and "72.00 ± 2.83" in page
 
 
+def test_runs_on_other_images_are_no_row_and_one_run_is_one(tmp_path):
+    folders = [a_training(tmp_path / name, [50.0], seed=i) for i, name in enumerate("ab")]
+    records = [report.read(folder) for folder in folders]
+    assert len(report.groups(records)) == 1
+    for record, images in zip(records, ("1", "2"), strict=True):
+        record.about["images"] = images
+    assert len(report.groups(records)) == 2
+    pytest.importorskip("matplotlib")
+    done = run("a", "a/", "./a", "b", cwd=tmp_path)
+    assert "| t | 2 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.csv", "epoch,loss\n1,2\n"),
+        ("genotypes.jsonl", "5\n"),
+        ("genotypes.jsonl", '{"epoch": 1}\n'),
+    ],
+)
+def test_what_was_edited_by_hand_is_one_line(tmp_path, name, text):
+    pytest.importorskip("matplotlib")
+    (a_search(tmp_path / "a", 2) / name).write_text(text)
+    done = run("a", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "damaged" in done.stderr, done.stderr
+
+
 def test_only_cells_of_searches_are_one_row(tmp_path):
     archs = "cells/a.json", "cells/b.json", "search-1", "runs/search-2/genotype.json"
     runs = [report.read(a_training(tmp_path / str(i), [60.0, 70.0], arch=arch, seed=i))
