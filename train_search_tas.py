@@ -92,7 +92,8 @@ def main(args):
 
     parts = {"model": model, "optimizer": optimizer, "arch_optimizer": arch_optimizer}
     parts |= {"scheduler": scheduler, "loader": train, "valid_loader": valid}
-    about = dict(classes=dataset.classes, full_channels=full_channels(args.depth))
+    about = dict(classes=dataset.classes, images=data.digest(dataset))
+    about |= dict(full_channels=full_channels(args.depth))
     run = Run("search", args, device, parts, write_report=write_report, **about)
     if run.finished(args):
         return

@@ -73,7 +73,8 @@ def main(args):
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = {"model": pruned, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
-    about = dict(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    about = dict(classes=dataset.classes, images=data.digest(dataset))
+    about |= dict(mean=dataset.mean, std=dataset.std)
     values = {"best": [-1.0, 0], "tested": {}}
     about |= dict(parameters_m=utils.count_parameters_in_MB(pruned))
 
