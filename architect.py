@@ -103,7 +103,7 @@ class Architect:
         _set_grad(arch, gradient)
 
     def _gradient(self, wanted, input, target):
-        return self.gradients(wanted, input, target)[2]
+        return self.gradients(wanted, input, target)[2] if wanted else []
 
     def _weights(self):
         arch = {id(parameter) for parameter in self.model.arch_parameters()}

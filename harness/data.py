@@ -276,11 +276,10 @@ def open_image(path: str) -> Image.Image:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise OSError("no file")
         with Image.open(path) as image:
-            if image.mode == "F":
-                raise OSError("of floating point numbers, whose range is unknown")
-            if image.mode.startswith("I"):  # grey, 0..65535 or 0..255, which convert() would clip
-                grey = np.asarray(image).clip(0, 65535)
-                image = Image.fromarray((grey // (257 if grey.max() > 255 else 1)).astype(np.uint8))
+            if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
+                raise OSError("of floating point or 32-bit numbers, whose range is unknown")
+            if image.mode.startswith("I"):  # 16-bit grey, 0..65535, which convert() would clip
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             image.info.pop("transparency", None)  # of a palette: convert() would warn
             return image.convert("RGB")
     except Exception as error:  # the decoders raise OSError, SyntaxError, struct.error and others

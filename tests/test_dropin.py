@@ -778,7 +778,13 @@ def on_fakes(network, x):
     return network(x)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+SLOW = ("compile", "export", "trace")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TRANSFORMS],
+)
 def test_what_torch_makes_of_a_network(name):
     torch.manual_seed(0)
     fast, plain = build(layers=4), build(layers=4, fused=False)

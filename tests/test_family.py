@@ -128,6 +128,18 @@ def test_what_is_frozen_stays(name, unrolled):
         assert torch.equal(mine, its) or (name == "stem" and unrolled)
 
 
+def test_nothing_to_learn_is_no_error():
+    network = small()
+    for tensor in network.arch_parameters():
+        tensor.requires_grad_(False)
+    before = copy.deepcopy(network.state_dict())
+    for unrolled in (False, True):
+        architecture_step(Architect(network, ARGS), unrolled)
+    assert all(
+        torch.equal(before[n], getattr(network, n)) for n in ("alphas_normal", "betas_reduce")
+    )
+
+
 def test_alphas_that_are_parameters():
     network = small()
     network.alphas_normal = nn.Parameter(1e-3 * torch.randn(14, 8))
