@@ -27,6 +27,7 @@ import operations
 import recipe
 from architect import Architect, search_step
 from fused import Gradients
+from fused.functions import Moments, _Norm
 from harness import costs, distributed, flags, forms, runs
 from helpers import ROOT
 from model_search import SAMPLINGS, Network
@@ -209,6 +210,23 @@ def test_all_gradients_are_those_of_the_plain_form_on_the_cpu(
     for tensors in zip(plain.arch_parameters(), other.arch_parameters(), strict=True):
         errors.append(near(tensors[1].grad, tensors[0].grad, 1e-9, "alphas, betas"))
     record_property("largest relative error", f"{max(errors):.1e}")
+
+
+@ON_BOTH
+def test_the_variance_of_a_channel_that_hardly_varies(device):
+    """As GPUs are used: with TF32, in which it would be lost."""
+    torch.backends.cudnn.allow_tf32 = True  # the fixture puts it back
+    h = 3 + 0.01 * torch.randn(8, 16, 16, 16, dtype=torch.float64)
+    eye = torch.eye(4).expand(4, 4, 4).to(device)
+    moments = Moments()
+    maps = h.float().to(device).contiguous(memory_format=torch.channels_last)
+    _Norm([maps], eye, moments)
+    [(minus_mean, variance)] = moments
+    expected = h.float().double().var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(variance.cpu().double().flatten(), expected, rtol=0.2, atol=0)
+    torch.testing.assert_close(
+        -minus_mean.cpu().double().flatten(), h.mean((0, 2, 3)), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("form", flags.FORMS)
