@@ -34,7 +34,7 @@ import fused
 import genotypes
 import utils
 from architect import Architect, search_step
-from harness import costs, data, flags, imagenet, report, script
+from harness import costs, data, flags, imagefiles, imagenet, report, script
 from model import NetworkCIFAR
 from model_search import Network
 
@@ -166,7 +166,7 @@ def files(args):
         folder = Path(args.images or photos(made, 256))
         if not folder.is_dir():
             raise utils.UserError(f"--images {folder}: there is no such folder of classes")
-        images = imagenet.read_files(folder, data.class_names(folder))
+        images = imagenet.read_files(folder, imagefiles.class_names(folder))
         n, workers = min(64, len(images)), imagenet.cores()
         transforms = {
             "decode": lambda image: image,

@@ -9,7 +9,7 @@ softmax(alpha) * softmax(beta):
 - The depthwise convolutions of all targets and ops are one, on more channels.
 - The 1x1 convolution and the batch norm at the end of each op, and its weight in the sum, are one
   1x1 convolution, of all ops side by side: its kernel needs the mean and the covariance of what
-  comes before, no more. The equations stand in fused/functions.py.
+  comes before, no more. The equations stand in fused/norms.py.
 - Sum, concatenation and shuffle are linear: a node is put together once, after the sum.
 - A cell's output is ReLU'd once, not by both cells that read it.
 
@@ -28,18 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused.functions import (
-    Depthwise,
-    Moments,
-    NormReLUDepthwise,
-    NormSum,
-    factorized_kernel,
-    halve,
-    identity,
-    layout,
-    norm_relu_depthwise,
-    norm_sum,
-)
+from fused.convolutions import Depthwise, factorized_kernel, halve, identity, layout
+from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.plan import Plan, constants
 from fused.pools import HalvedMax, WidePools
 from operations import ReLUConvBN

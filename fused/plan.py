@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from fused.functions import MOMENTUM
 from fused.known import (
     AT_FIRST,
     fresh,
@@ -23,6 +22,7 @@ from fused.known import (
     signature,
     unfamiliar,
 )
+from fused.norms import MOMENTUM
 from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 
 
@@ -184,7 +184,7 @@ class Plan:
     def by_source(self, places, weights, betas):
         """The weights of all cells of a kind: of the operations, of the bypass, and of the blocks.
 
-        (E, ops) by source; (S, T) of each wave; (W, W_normed) of functions.NormSum, (T, blocks), of
+        (E, ops) by source; (S, T) of each wave; (W, W_normed) of norms.NormSum, (T, blocks), of
         each wave. places: `constants` of this plan.
         """
         (order, places, shapes), waves = places, self.waves
@@ -362,7 +362,7 @@ def _kind(op, stride, c, cell, firsts):
 def constants(kinds, waves, device):
     """Of cells with these kinds: the edges by source, and where W of each wave has its entries.
 
-    W (T, blocks) is the matrix of functions.NormSum: an edge's ops go to its own target, the pools
+    W (T, blocks) is the matrix of norms.NormSum: an edge's ops go to its own target, the pools
     and the skip_connect of a source to all. The places are those in a row of all coefficients
     (E, ops) by source, behind which is a zero: -1. `skips`, the last, are not normalized.
     Returns (E,), all places in a row, and the shapes of the matrices.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused.functions import layout, refuse_second_derivatives
+from fused.convolutions import layout, refuse_second_derivatives
 
 
 class WidePools(torch.autograd.Function):

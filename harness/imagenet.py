@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from harness import data, distributed
+from harness import data, distributed, imagefiles
 from harness.files import expanded
 from utils import UserError
 
@@ -52,7 +52,7 @@ class Files(Dataset):
     def __getitem__(self, item):
         i, seed = item
         try:
-            image = data.open_image(os.path.join(self.folder, os.fsdecode(self.paths[i])))
+            image = imagefiles.open_image(os.path.join(self.folder, os.fsdecode(self.paths[i])))
         except UserError as error:
             return error
         with torch.random.fork_rng(devices=[]):
@@ -82,7 +82,7 @@ def load(root):
     train, val = folder / "train", folder / "val"
     if not val.is_dir():
         raise UserError(f"{folder} has no val folder: put the validation images there, by class")
-    classes = data.class_names(train, val)
+    classes = imagefiles.class_names(train, val)
     return read_files(train, classes), read_files(val, classes)
 
 
@@ -98,10 +98,10 @@ def load_search(root, split=None, seed=0):
         for part in (train, val):
             if not part.is_dir():
                 raise UserError(f"{folder} has no {part.name} folder: put images there, by class")
-        classes = data.class_names(train, val)
+        classes = imagefiles.class_names(train, val)
         return read_files(train, classes), read_files(val, classes)
     folder = _full(root) / "train"
-    classes = data.class_names(folder)
+    classes = imagefiles.class_names(folder)
     there = read_files(folder, classes)
     names = [os.fsdecode(path) for path in there.paths]
     if split is None:
@@ -218,7 +218,7 @@ def _full(root):
 
 def read_files(folder, classes):
     """All images of these class folders as Files; UserError where a class has none."""
-    samples = data.image_files(folder, classes)
+    samples = imagefiles.image_files(folder, classes)
     paths = [os.path.relpath(path, folder) for path, _ in samples]
     return Files(folder, paths, [label for _, label in samples], classes)
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import data, files, report
+from harness import files, imagefiles, report
 from harness.flags import FREE as FREE_NAMES
 from utils import UserError
 
@@ -139,8 +139,8 @@ def thinned(folder, root, train_every, test_every):
         if link.exists() and folder.resolve() not in link.resolve().parents:
             raise UserError(f"{subset} is of other data, {link.resolve()}: give another --root")
     for half, n in (("train", train_every), (test, test_every)):
-        classes = data.class_names(folder / half)
-        samples = sorted(data.image_files(folder / half, classes))  # by class, then by name
+        classes = imagefiles.class_names(folder / half)
+        samples = sorted(imagefiles.image_files(folder / half, classes))  # by class, then by name
         for label, of_class in itertools.groupby(samples, key=lambda sample: sample[1]):
             links = subset / half / classes[label]
             links.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from harness.data import open_image
 from harness.files import expanded
+from harness.imagefiles import open_image
 from utils import UserError
 
 SETS = ("market1501", "dukemtmc", "msmt17", "digits")

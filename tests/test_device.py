@@ -27,7 +27,7 @@ import operations
 import recipe
 from architect import Architect, search_step
 from fused import Gradients
-from fused.functions import Moments, _Norm
+from fused.norms import Moments, _Norm
 from harness import costs, distributed, flags, forms, runs
 from helpers import ROOT
 from model_search import SAMPLINGS, Network

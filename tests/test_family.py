@@ -17,7 +17,7 @@ import genotypes
 import model
 import operations
 from architect import Architect
-from fused.functions import without_tf32
+from fused.norms import without_tf32
 from model_search import Network
 
 ARGS = SimpleNamespace(

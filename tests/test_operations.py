@@ -5,16 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused.functions import (
-    Depthwise,
-    Moments,
-    NormReLUDepthwise,
-    NormSum,
-    factorized_kernel,
-    halve,
-    norm_relu_depthwise,
-    norm_sum,
-)
+from fused.convolutions import Depthwise, factorized_kernel, halve
+from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.pools import HalvedMax, WidePools
 from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv
 from utils import without_module_prefix

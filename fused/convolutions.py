@@ -1,0 +1,177 @@
+"""Convolutions of the fast cell: depthwise ones with their backward passes, halving ones.
+
+Their memory format is that of the input, channels_last or contiguous, from end to end.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+def layout(x):
+    """The memory format of x (N, C, H, W), which may be a slice along channels."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def in_layout(x, layout):
+    """x (N, C, H, W) in this memory format; as it is for None, and within torch.func.vmap."""
+    if layout is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return x
+    return x.contiguous(memory_format=layout)
+
+
+def refuse_second_derivatives():
+    """Under create_graph=True: what follows is no function of alphas and betas to autograd."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the supernet is once differentiable: take second derivatives by finite differences"
+        )
+
+
+def conv_backward(which, g, x, weight, groups=1, padding=(0, 0), dilation=1):
+    """The gradients of a convolution with respect to "weight" (its shape counts) and "bias"."""
+    mask = [False, *(name in which for name in ("weight", "bias"))]
+    geometry = [1, 1], list(padding), [dilation, dilation], False, [0, 0], groups
+    gradients = torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, mask)
+    return [gradient for gradient, wanted in zip(gradients, mask, strict=True) if wanted]
+
+
+def of_shape(x, *size):
+    """A tensor of this size for conv_backward, without memory of its own."""
+    return x[:1, :1, :1, :1].expand(*size)
+
+
+@functools.cache
+def identity(n, dtype, device):
+    """(n, n)."""
+    with torch.inference_mode(False):
+        return torch.eye(n, dtype=dtype, device=device)
+
+
+@functools.cache
+def _repeated_identity(S, c, R, dtype, device):
+    """The kernel that sums each of R copies of c channels, in S groups: (S * c, R * c, 1, 1)."""
+    return identity(c, dtype, device).repeat(S, R)[:, :, None, None]
+
+
+class Depthwise(torch.autograd.Function):
+    """Depthwise k x k convolutions of relu(x), R of each channel, for each of the weights.
+
+    x (N, S * c, H, W), weights (S, R, c, k, k), k odd, with a dilation and a copy turned by 180
+    degrees for each; the padding keeps the size. Returns (N, S * R * c, H, W) for each.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dilations, turned, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.dilations, ctx.turned = dilations, turned
+        x = x.relu()
+        spread = {weight.shape[1]: _spread(x, weight) for weight in weights}  # once, where R agree
+        return tuple(
+            depthwise(spread[weight.shape[1]], weight, dilation)
+            for weight, dilation in zip(weights, dilations, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx, *gs):
+        refuse_second_derivatives()
+        x, *weights = ctx.saved_tensors
+        dspread, dweights = {}, [None] * len(weights)
+        relu = x.relu()
+        for i, (g, weight, dilation) in enumerate(zip(gs, weights, ctx.dilations, strict=True)):
+            S, R, c, _, _ = weight.shape
+            if ctx.needs_input_grad[3 + i]:
+                if dilation == 1 and c > 4:
+                    dweights[i] = depthwise_weight_gradient(g, _spread(relu, weight), weight)
+                else:
+                    dweights[i] = _spread_weight_gradient(g, relu, weight, dilation)
+            if ctx.needs_input_grad[0]:
+                part = depthwise(g, ctx.turned[i], dilation)
+                dspread[R] = dspread[R].add_(part) if R in dspread else part
+        dx = None
+        for R, part in dspread.items():
+            part = F.conv2d(
+                part, _repeated_identity(S, c, R, x.dtype, x.device), groups=S
+            )  # sums over R
+            dx = part if dx is None else dx.add_(part)
+        if dx is not None:
+            dx = torch.ops.aten.threshold_backward(dx, relu, 0)
+        return dx, None, None, *dweights
+
+
+def _spread(x, weight):
+    """Each of S groups of c channels R times: (N, S * c, H, W) to (N, S * R * c, H, W)."""
+    S, R, c, _, _ = weight.shape
+    if layout(x) == torch.contiguous_format:
+        return torch.cat([x.unflatten(1, (S, c))] * R, 2).flatten(1, 2)
+    x = x.permute(0, 2, 3, 1).unflatten(3, (S, c))
+    return torch.cat([x] * R, 4).flatten(3).permute(0, 3, 1, 2)
+
+
+def depthwise(x, weight, dilation=1):
+    """x (N, C, H, W) with weight (..., k, k) of C kernels in all; also, with them turned, dL/dx.
+
+    (oneDNN's own dL/dx is many times slower where the kernel is dilated.)
+    """
+    k, C = weight.shape[-1], x.shape[1]
+    kernel = weight.reshape(C, 1, k, k).to(x.dtype)
+    return F.conv2d(x, kernel, None, 1, dilation * (k // 2), dilation, C)
+
+
+def _spread_weight_gradient(g, x, weight, dilation):
+    """dL/dweight (S, R, c, k, k) of `depthwise` of `_spread`, as the diagonal of c x c kernels."""
+    S, R, c, k, _ = weight.shape
+    if dilation > 1 and x.device.type == "cpu":  # oneDNN reads out of bounds there in bfloat16
+        g, x = g.to(weight.dtype), x.to(weight.dtype)
+        h, w = x.shape[2:]
+        if dilation == 2 and w < 2 * k - 1 and h % 2 == w % 2 == 0:  # wider than x, it is slow
+            g, x, dilation = _every_second(g), _every_second(x), 1
+    kernel, padding = of_shape(x, S * R * c, c, k, k), [dilation * (k // 2)] * 2
+    (dweight,) = conv_backward(["weight"], g, x, kernel, S, padding, dilation)
+    return (
+        dweight.view(S, R, c, c, k, k).diagonal(dim1=2, dim2=3).permute(0, 1, 4, 2, 3).contiguous()
+    )
+
+
+def _every_second(x):
+    """x (N, C, H, W) as the four maps that dilation 2 keeps apart: (4 N, C, H / 2, W / 2)."""
+    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 2, 4, 1)
+    return x.flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def depthwise_weight_gradient(g, x, weight):
+    """dL/dweight (..., k, k) of `depthwise` of x, not dilated.
+
+    oneDNN is slow at kernels wider than 3. Two pixels side by side are one with 2 C channels: for
+    k = 5, its even columns are the 3 of a kernel over pairs, its odd ones the first 2 of another.
+    """
+    n, C, h, w = x.shape
+    k = weight.shape[-1]
+    if k != 5 or w % 2 or x.device.type != "cpu":
+        kernel = of_shape(x, C, 1, k, k)
+        return conv_backward(["weight"], g, x, kernel, C, (k // 2, k // 2))[0].view(weight.shape)
+
+    def pairs(rows):
+        return rows.reshape(n, h, -1, 2 * C).permute(0, 3, 1, 2)
+
+    g, x = g.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+    g, even, odd = pairs(g), pairs(x), pairs(F.pad(x, (0, 0, 1, 3)))
+    kernel = of_shape(g, 2 * C, 1, 5, 3)
+    even = conv_backward(["weight"], g, even, kernel, 2 * C, (2, 1))
+    odd = conv_backward(["weight"], g, odd, kernel, 2 * C, (2, 0))
+    columns = torch.stack(even + odd, 4).flatten(3)[..., :5]  # (2 C, 1, 5, 5)
+    return (columns[:C] + columns[C:]).view(weight.shape)
+
+
+def factorized_kernel(first, second):
+    """Both 1x1 kernels (..., C/2, C_in, 1, 1) as one (..., C, C_in, 2, 2)."""
+    return torch.cat([F.pad(first, (0, 1, 0, 1)), F.pad(second, (1, 0, 1, 0))], dim=-4)
+
+
+def halve(x, kernel, groups=1):
+    """x (N, C_in, H, W) through a factorized kernel (C, C_in, 2, 2): (N, C, H / 2, W / 2)."""
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        size = f"{x.shape[2]} x {x.shape[3]}"
+        raise ValueError(f"a map of {size} cannot be halved: give images whose maps stay even")
+    return F.conv2d(x, kernel, stride=2, groups=groups)
