@@ -18,11 +18,6 @@ from model import build
 from model_search import Network
 from operations import OPS
 
-FEW = (
-    "a step of 1 image, the last of an epoch perhaps, is too small for batch norm on maps of "
-    "1 x 1: give another --batch_size"
-)
-
 
 def check_size(model, size, images=2):
     """Raises ValueError where `model`, in its mode, cannot read images of size x size.
@@ -41,7 +36,10 @@ def check_size(model, size, images=2):
     if why is None:
         return
     if "more than 1 value per channel" in why:  # an image whose last map is 1 x 1
-        raise ValueError(FEW)
+        raise ValueError(
+            "a step of 1 image, the last of an epoch perhaps, is too small for batch norm on maps "
+            "of 1 x 1: give another --batch_size"
+        )
     if "meta" in why:  # a tensor that did not move with its module
         raise ValueError(f"{why}: register the tensors of your operations as buffers")
     fits = (side for side in range(size + 4 - size % 4, size + 257, 4) if reason(side) is None)
