@@ -77,6 +77,10 @@ def parse_args(parser, digits, inherited=()):
         raise UserError(f"--test evaluates the network of {folder}, {arch}: leave --arch out")
     if folder is not None and args.resume is not None:
         raise UserError("--test evaluates, --resume goes on: give one of them")
+    if folder is None and args.resume is None and args.loss == "ce":
+        for name, flag in (("ce_weight", "--lambda"), ("margin", "--margin")):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"{flag} does nothing with --loss ce: give one of them")
     return args
 
 

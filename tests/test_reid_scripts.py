@@ -277,6 +277,8 @@ BAD = {
     "no set": ("train_reid.py --data nowhere", "nowhere is no folder"),
     "another space": ("train_reid.py --set digits --arch PC_DARTS_cifar", "sep_conv_5x5"),
     "another resnet": ("train_reid.py --set digits --arch resnet19", "resnet19"),
+    "idle lambda": ("train_search_reid.py --set digits --loss ce --lambda 0.7", "--lambda does"),
+    "idle margin": ("train_reid.py --set digits --loss ce --margin 0.2", "--margin does nothing"),
     "too small": ("train_search_reid.py --set digits --height 32", "32 x 32"),
     "too small to train": (f"{TRAIN} --height 16 --arch REID_SEARCH", "16 x 32"),
     "odd": (f"{TRAIN} --height 72 --width 36 --arch REID_SEARCH", "72 x 36"),
