@@ -26,7 +26,7 @@ WRITTEN_FOR = {
     "Identity": "cc8dc151709c67f0",
     "Zero": "26d92b3d9241d376",
 }
-FOREIGN = ("torch.", "builtins", "fused.")  # modules whose classes nobody edits
+FOREIGN = ("torch.", "fused.")  # modules whose classes nobody edits
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 SIGNS = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
@@ -38,7 +38,7 @@ SIGNS = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 def unfamiliar(kind):
     """None, or in a few words which base of a type, or itself, has another text. torch's do not."""
     for c in kind.__mro__:
-        if not c.__module__.startswith(FOREIGN):
+        if c is not object and not c.__module__.startswith(FOREIGN):
             names = {name: v for name, v in vars(c).items() if not _of_python(name, v)}
             if names and not _is_known(c.__name__, names):
                 return f"{c.__name__} has another text than the one it was written for"
@@ -52,7 +52,7 @@ def _of_python(name, value):
 def _is_known(name, attributes):
     """Whether a class holds nothing but the functions with these texts."""
     functions = all(hasattr(value, "__code__") for value in attributes.values())
-    return functions and _digest(_codes(attributes)) == WRITTEN_FOR.get(name)
+    return functions and _digest(_codes(attributes)) == WRITTEN_FOR.get(name, "unknown")
 
 
 def digest(c):
@@ -70,7 +70,7 @@ def _codes(functions):
 
 @functools.cache
 def _digest(codes):
-    """None where one has no text."""
+    """None where one has no text, as on standard input: it is no text that is known."""
     try:
         texts = [f"{name}: {_text(code)}" for name, code, _ in codes]
     except OSError:

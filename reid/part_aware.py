@@ -73,12 +73,11 @@ class Halve(nn.Module):
         super().__init__()
         if C_out % 2:
             raise ValueError(f"part_aware makes two halves at stride 2: C_out={C_out} must be even")
-        self.convs = nn.ModuleList(
-            nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False) for _ in range(2)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(C_in, C_out // 2, 1, bias=False) for _ in range(2))
         self.bn = nn.BatchNorm2d(C_out)
 
     def forward(self, x):
-        x = x.relu()
-        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]  # zero beyond the edge
-        return self.bn(torch.cat([self.convs[0](x), self.convs[1](shifted)], dim=1))
+        x = F.pad(x.relu(), (0, 1, 0, 1))  # zero beyond the edge
+        # Strided before the convolutions, as in operations.FactorizedReduce.
+        halves = [self.convs[0](x[:, :, :-1:2, :-1:2]), self.convs[1](x[:, :, 1::2, 1::2])]
+        return self.bn(torch.cat(halves, dim=1))

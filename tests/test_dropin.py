@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+import fused
 import genotypes
 import model
 import model_search
@@ -368,6 +369,39 @@ def test_an_edited_mixed_operation_is_what_runs(edited, monkeypatch, said):
     [record] = said.records
     assert f"{edited.__name__} has another text" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_a_class_without_a_text_is_what_runs(monkeypatch):
+    """As of `python -` and exec."""
+    names = {"MixedOp": model_search.MixedOp}
+    text = "class Large(MixedOp):\n    def forward(self, x, weights):\n"
+    text += "        return MixedOp.forward(self, x, weights) * (1 + (x.shape[2] > 16))\n"
+    exec(text, names)
+    monkeypatch.setattr(model_search, "MixedOp", names["Large"])
+    assert build().why_plain == "Large has another text than the one it was written for"
+
+
+def twice_the_gradient_of_alpha(ctx, g, backward=fused.norms.NormSum.backward):
+    return tuple(2 * d if i == 6 else d for i, d in enumerate(backward(ctx, g)))
+
+
+def twice_the_output(*arguments, norm_sum=fused.norms.norm_sum):
+    return 2 * norm_sum(*arguments)
+
+
+WRONG = {
+    "the gradient of softmax(alpha) differs": (
+        fused.norms.NormSum, "backward", staticmethod(twice_the_gradient_of_alpha),
+    ),
+    "running_mean after a step differs": (fused.plan.Plan, "follow", lambda *_: None),
+    "the output in evaluation differs": (fused.cell, "norm_sum", twice_the_output),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_a_fast_form_that_is_wrong_in_one_figure_is_not_taken(why, monkeypatch):
+    monkeypatch.setattr(*WRONG[why])
+    assert why in build().why_plain
 
 
 def test_a_cell_that_adds_its_input_where_shapes_agree_is_what_runs(monkeypatch):
