@@ -263,8 +263,8 @@ class Network(nn.Module):
     def genotype(self, max_skip=None):
         """The cells: each edge takes its best op but none, each node its two best edges.
 
-        DARTS, section 2.4. An op's score is softmax(alpha) * softmax(beta); ties go to the
-        lower index.
+        DARTS, section 2.4. An op's score is softmax(alpha) * softmax(beta) (PC-DARTS, section 3.3);
+        ties go to the lower index.
         max_skip: the most skip_connects in the normal cell; while there are more, the one with the
         smallest softmax(alpha) is removed and the cell derived again (P-DARTS, section 3.3).
         """

@@ -142,7 +142,7 @@ def part_aware_genotype(args):
 
 
 def factor(epoch, args):
-    """Of the learning rate in epoch 0, 1, ..."""
+    """What the learning rate is multiplied by in epoch 0, 1, ..."""
     if epoch < args.warm_up:
         return 0.1 + 0.9 * epoch / args.warm_up
     if args.schedule == "cosine":

@@ -1,6 +1,6 @@
 """Search a cell for person re-identification with Auto-ReID (Quan et al., ICCV 2019).
 
-    python train_search_reid.py --data DIR             # Market-1501, the published setting
+    python train_search_reid.py --data DIR             # Market-1501, on one GPU
     python train_search_reid.py --data DIR --set msmt17
     python train_search_reid.py --set digits           # needs no files; no figure of a person
     torchrun --nproc_per_node 4 train_search_reid.py ...  # one process per GPU

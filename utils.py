@@ -1,4 +1,4 @@
-"""Errors, seeds, meters: what scripts of the DARTS family import from utils."""
+"""Errors, seeds, meters; what scripts of the DARTS family import from utils."""
 
 import contextlib
 import os

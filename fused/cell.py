@@ -122,8 +122,8 @@ def side_by_side(tensors):
 
 
 @functools.cache
-def say(why):
-    """Once for each reason."""
+def warn_once(why):
+    """Logs that cells run in their plain form, once for each reason."""
     log.warning("cells of the supernet run as model_search.py has them: %s", why)
 
 
@@ -188,7 +188,7 @@ class FastForward:
         plain = is_transformed(s0, s1, weights, betas) or not len(s1)
         plan = None if plain else self._plan()
         if plan is not None and plan.why is not None:
-            say(plan.why)
+            warn_once(plan.why)
         if plan is None or plan.why is not None or not self._fits(weights, betas):
             return super().forward(s0, s1, weights, betas)
         kinds, waves, k = plan.kinds, plan.waves, self._ops[0].k

@@ -107,9 +107,10 @@ class Gradients:
         """What _capture gives, once its replay is seen to be the step. Raises RuntimeError if not.
 
         Compared are loss, logits, gradients, and by how much the step moves the statistics and the
-        weights (not at all). With other weights than at the capture, or a graph that has kept the
-        old ones would pass; and with results that are NaN before, or one that writes none would.
-        Afterwards the model and the random numbers are as before.
+        weights (not at all). The weights are changed after the capture: otherwise a graph that
+        still reads the old ones would pass. The results are filled with NaN before the replay:
+        otherwise a graph that writes none would pass. Afterwards the model and the random numbers
+        are as before.
         """
         start, model = time.perf_counter(), self.model
         arch, weights = model.arch_parameters(), list(model.parameters())

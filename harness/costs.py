@@ -75,7 +75,7 @@ def _memory(tree):
 def aten_calls(function):
     """A Counter {name: calls} of the aten functions that `function()` calls, views left out.
 
-    A view writes nothing and returns only memory of its flags. Each of the others is at least
+    A view writes nothing and returns only memory of its arguments. Each of the others is at least
     one kernel launch on a GPU, except for the few that only allocate.
     """
     names = Counter()

@@ -95,7 +95,7 @@ def counts(images: Images) -> tuple[int, int]:
 
 
 def digest(dataset: DataSet) -> str:
-    """Of all pixels and labels: another one where they differ."""
+    """A hash of all pixels and labels, by which a resumed run knows its data."""
     found = hashlib.sha256()
     for part in (*dataset.train, *dataset.test):
         found.update(part.contiguous().numpy())

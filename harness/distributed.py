@@ -57,7 +57,10 @@ def maximum(number):
 
 
 def leave(code):
-    """Ends this process; among many without a last word to the others, which do the same."""
+    """Ends this process with this exit code. Under torchrun all processes call it.
+
+    They wait for each other once, then exit without taking the group of processes apart.
+    """
     sys.stdout.flush()
     if world_size() > 1:
         dist.barrier(group=_cpu_group[0] if _cpu_group else None)  # the checkpoint is written

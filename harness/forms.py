@@ -37,7 +37,7 @@ def choose(model, args, device, shape):
         if free and device.type in MEASURED_ON:
             choice = distributed.on_main(lambda: measure(model, args, device, shape))
             args.form, args.no_cuda_graph, line = choice
-            args.recompute &= args.form.startswith("fused")  # or --resume would refuse the two
+            args.recompute &= args.form.startswith("fused")  # otherwise --resume would refuse the two
     return _in_form(model, args.form).to(device), line
 
 

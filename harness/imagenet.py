@@ -29,7 +29,8 @@ SPLIT = ("split_train.txt", "split_val.txt")
 
 
 class Files(Dataset):
-    """Image files in a folder, with labels; item (i, seed) is image i transformed at random so.
+    """Image files in a folder, with labels; item (i, seed) is image i, transformed with the random
+    numbers of this seed.
 
     paths: relative to the folder. An image that cannot be read is returned as the UserError.
     """
@@ -189,7 +190,7 @@ def write_split(files, folder):
 
 
 def digest(*parts):
-    """Of the names of all images of some Files: another one where they differ."""
+    """A hash of the names of all images of some Files, by which a resumed run knows its data."""
     found = hashlib.sha256()
     for files in parts:
         found.update(b"\n".join(files.paths.tolist()) + b"\0" + files.labels.tobytes())

@@ -314,7 +314,7 @@ def load_checkpoint(folder, log):
         if state.get("format") != FORMAT:
             raise UserError(f"{path} is of another version of this code: use that one")
         if path.name == PREVIOUS:
-            if distributed.is_main():  # or it would take the place of the one before
+            if distributed.is_main():  # otherwise the next save would keep it as the one before
                 (folder / CHECKPOINT).unlink(missing_ok=True)
             log.info("going on from the one before, %s", path)
         return state
@@ -329,7 +329,7 @@ def _check_records(records):
 
 
 def _write_records(folder, records):
-    """metrics.csv and genotypes.jsonl as they were: no row twice, none that a kill has cut."""
+    """metrics.csv and the others as they were: no row twice, none that a kill has cut."""
     for name in RECORDS:
         if name in records:
             files.write(folder / name, records[name].encode())

@@ -1,4 +1,4 @@
-"""What both searches do alike: their supernet, and what they log, record and save."""
+"""What searches do alike: their supernet, and what they log, record and save."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What both trainings do alike: what they log and record."""
+"""What trainings do alike: what they log and record."""
 
 import genotypes
 import utils

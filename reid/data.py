@@ -197,7 +197,7 @@ def checked(data):
 
 
 def digest(data):
-    """Of the names, identities and cameras of a ReIDSet's images: another one where they differ."""
+    """A hash of a ReIDSet's names, identities and cameras, by which a resumed run knows its data."""
     found = hashlib.sha256()
     for part in data[:3]:
         if isinstance(part.images, list):

@@ -93,7 +93,7 @@ class ResNet(nn.Module):
     """A ResNet of torchvision without pretraining, with the head of a ReIDNetwork.
 
     name: one of RESNETS. The last stage does not halve the map (Luo et al., CVPRW 2019, section
-    3.5), which so is a 16th of the image, as of a ReIDNetwork with three stages.
+    3.4), which so is a 16th of the image, as of a ReIDNetwork with three stages.
     """
 
     def __init__(self, name, num_classes, embedding=512):

@@ -10,7 +10,8 @@ def cost(expected, actual, target, unpruned, tolerance=0.05):
 
     expected: tensor, E, the expected multiply-adds; actual: F, those of the network that argmax
     gives now; target: R; unpruned: those of the whole network; all in millions.
-    -log E where F < R - tolerance * unpruned, log E where F > R, else 0.
+    -log E where F < R - tolerance * unpruned, log E where F > R, else 0: as the released code has
+    it. In the paper it is 0 up to (1 + tolerance) * R, too.
     """
     direction = (actual > target) * 1 - (actual < target - tolerance * unpruned) * 1
     return direction * expected.log()
