@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fused import Gradients, copy_into
+from fused import Gradients
+from utils import copy_into
 
 
 class Architect:
@@ -76,7 +77,8 @@ class Architect:
         Its second term is a Hessian-vector product, taken by a central difference (eq. 8).
         """
         train, valid = (input_train, target_train), (input_valid, target_valid)
-        arch, weights = _learning(self.model.arch_parameters()), _learning(self._weights())
+        arch = _learning(self.model.arch_parameters())
+        weights = _learning(self._others(self.model.parameters()))
         w = [weight.detach().clone() for weight in weights]
         # As published, the passes at w and w +- R v move the running statistics, that at w' not.
         gradient = self._gradient(weights, *train)
@@ -103,11 +105,13 @@ class Architect:
         _set_grad(arch, gradient)
 
     def _gradient(self, wanted, input, target):
+        """torch.autograd.grad(model._loss(input, target), wanted)."""
         return self.gradients(wanted, input, target)[2] if wanted else []
 
-    def _weights(self):
+    def _others(self, tensors):
+        """Those that are no alphas or betas."""
         arch = {id(parameter) for parameter in self.model.arch_parameters()}
-        return [weight for weight in self.model.parameters() if id(weight) not in arch]
+        return [tensor for tensor in tensors if id(tensor) not in arch]
 
     @contextmanager
     def _moved(self, weights, there, back):
@@ -121,8 +125,7 @@ class Architect:
     @contextmanager
     def _buffers_kept(self):
         """Restores the running statistics that the pass at w' changes."""
-        arch = {id(parameter) for parameter in self.model.arch_parameters()}
-        buffers = [buffer for buffer in self.model.buffers() if id(buffer) not in arch]
+        buffers = self._others(self.model.buffers())
         kept = [buffer.clone() for buffer in buffers]
         try:
             yield

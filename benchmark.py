@@ -352,11 +352,7 @@ def in_turns(steps, args):
     seconds = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            costs.wait(args.device)
-            start = time.perf_counter()
-            step()
-            costs.wait(args.device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(costs.seconds(step, args.device))
     return seconds
 
 

@@ -7,7 +7,7 @@ give logits (N, classes), those of a run of train_reid.py embeddings (N, D): no 
 path or batch statistics. Needs onnx, onnxscript and onnxruntime (requirements-export.txt).
 """
 
-import time
+import statistics
 import warnings
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 
 import genotypes
 import utils
-from harness import costs, files, flags, imagenet, script, trainings
+from harness import costs, data, files, flags, imagenet, script, trainings
 from model import build
 from operations import OPS
 from reid import trained
@@ -94,7 +94,7 @@ def load(folder):
         raise utils.UserError(f"{folder} is no run of train.py or of another training")
     args, path = about["args"], folder / "weights.pt"
     stem = "imagenet" if about["script"] == "train_imagenet" else args.get("stem", "cifar")
-    side = args.get("input_size") or (16 if args.get("set") == "digits" else 32)
+    side = args.get("input_size") or data.default_side(args.get("set"))
     if type(side) is not int or side < 1:
         raise utils.UserError(f"{folder}/args.json is damaged, in input_size")
     with utils.user_errors(ValueError):  # a GenotypeError too
@@ -145,14 +145,11 @@ def onnx(path):
     )
 
 
-def latency(run, images, repeats=5):
-    """Median time in milliseconds."""
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        begun = time.perf_counter()
-        run(images)
-        times.append(time.perf_counter() - begun)
-    return 1e3 * sorted(times[1:])[repeats // 2]
+def latency(run, images):
+    """Median time of five in milliseconds, on the CPU."""
+    run(images)
+    times = [costs.seconds(lambda: run(images), images.device) for _ in range(5)]
+    return 1e3 * statistics.median(times)
 
 
 if __name__ == "__main__":

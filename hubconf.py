@@ -9,14 +9,13 @@ weights: a run's folder, weights.pt or checkpoint.pt, or a checkpoint of the pub
 Raises UserError, one line, where they cannot be read or are of another network.
 """
 
-from pathlib import Path as _Path
-
 from torch import nn as _nn
 
 import genotypes as _genotypes
 import model as _model
 import model_search as _model_search
 from harness import files as _files
+from harness import searches as _searches
 from harness import trainings as _trainings
 from operations import OPS as _OPS
 from tas import found as _found
@@ -63,7 +62,7 @@ def supernet(num_classes=None, weights=None, C=None, layers=None, **variant):
     """
     given = dict(num_classes=num_classes, C=C, layers=layers)
     given = {name: value for name, value in given.items() if value is not None} | variant
-    run = {} if weights is None else _trainings.of_search(_folder(weights))
+    run = {} if weights is None else _searches.of_run(_files.run_folder(weights))
     for name in given.keys() & run.keys():
         if given[name] != run[name]:
             raise _UserError(f"{weights} has {name}={run[name]}, not {given[name]}: leave it out")
@@ -91,8 +90,8 @@ def _cell(genotype, weights, published):
     Another one than the run's would take the weights, too, where its convolutions are the same.
     """
     cell = None if genotype is None else _genotypes.load(genotype, _OPS)
-    own = _folder(weights) / "genotype.json"
-    if weights is None or not own.exists():
+    own = None if weights is None else _files.run_folder(weights) / "genotype.json"
+    if own is None or not own.exists():
         return _genotypes.load(published, _OPS) if cell is None else cell
     its = _genotypes.load(own, _OPS)
     if cell not in (None, its):
@@ -102,19 +101,12 @@ def _cell(genotype, weights, published):
 
 def _sizes(given, weights, published):
     """The arguments of a network: as given, or of the run of these weights, or as published."""
-    run = {} if weights is None else _trainings.sizes(_folder(weights))
+    run = {} if weights is None else _trainings.sizes(_files.run_folder(weights))
     return published | run | {name: value for name, value in given.items() if value is not None}
-
-
-def _folder(weights):
-    path = _Path(weights or "")
-    return path if path.is_dir() else path.parent
 
 
 def _loaded(network, weights):
     if weights is not None:
-        path = _Path(weights)
-        if path.is_dir():
-            path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
+        path = _files.weights_of(weights)
         _files.load_weights(network, _files.load(path), path)
     return network

@@ -12,9 +12,8 @@ from torchvision.ops import stochastic_depth
 
 import genotypes
 import operations
-from fused import in_layout
 from operations import OPS, FactorizedReduce, Identity, ReLUConvBN
-from utils import without_module_prefix
+from utils import in_layout, without_module_prefix
 
 
 class Cell(nn.Module):
@@ -126,6 +125,22 @@ class AuxiliaryHeadImageNet(AuxiliaryHead):
         super().__init__(C, num_classes, stride=2, norm=False, scale=32)
 
 
+def stack(genotype, C, C_stem, layers, reductions, reduction_prev=False):
+    """(cells one after the other, the channels of each one's output).
+
+    C: channels of a node in the first cell; those in `reductions` double them. reduction_prev:
+    whether the map before the stem's output is twice its size.
+    """
+    cells, channels = nn.ModuleList(), [C_stem, C_stem]
+    for i in range(layers):
+        reduction = i in reductions
+        C *= 2 if reduction else 1
+        cells.append(Cell(genotype, *channels[-2:], C, reduction, reduction_prev))
+        channels.append(cells[-1].multiplier * C)
+        reduction_prev = reduction
+    return cells, channels[2:]
+
+
 class DiscreteNetwork(nn.Module):
     """What both networks share: cells, auxiliary head, classifier.
 
@@ -148,24 +163,14 @@ class DiscreteNetwork(nn.Module):
         for name, module in operations.stem(stem, C_stem).items():
             self.add_module(name, module)
 
-        self.cells = nn.ModuleList()
-        C_prev_prev, C_prev, C_curr = C_stem, C_stem, C
-        reduction_prev = stem == "imagenet"  # stem1 halves the map of stem0, so s0 is twice s1
-        for i in range(layers):
-            reduction = i in (layers // 3, 2 * layers // 3)
-            C_curr *= 2 if reduction else 1
-            cell = Cell(genotype, C_prev_prev, C_prev, C_curr, reduction, reduction_prev)
-            self.cells.append(cell)
-            reduction_prev = reduction
-            C_prev_prev, C_prev = C_prev, cell.multiplier * C_curr
-            if i == 2 * layers // 3:
-                C_to_auxiliary = C_prev
-
+        reductions = layers // 3, 2 * layers // 3
+        halved = stem == "imagenet"  # stem1 halves the map of stem0, so s0 is twice s1
+        self.cells, channels = stack(genotype, C, C_stem, layers, reductions, halved)
         self._layers, self._auxiliary, self.auxiliary_head = layers, auxiliary, None
         if auxiliary:
-            self.auxiliary_head = head(C_to_auxiliary, num_classes)
+            self.auxiliary_head = head(channels[2 * layers // 3], num_classes)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)  # any size; 7 x 7 at 224
-        self.classifier = nn.Linear(C_prev, num_classes)
+        self.classifier = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x):
         """(logits, auxiliary logits or None), (N, num_classes) each; the second only in training.

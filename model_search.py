@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.functional import channel_shuffle
 
 import operations
-from fused import FastForward, difference, in_layout, sharing
+from fused import FastForward, difference, sharing
 from genotypes import PRIMITIVES, Genotype
 from operations import OPS, FactorizedReduce, ReLUConvBN
-from utils import without_module_prefix
+from utils import in_layout, without_module_prefix
 
 KINDS = ("normal", "reduce")
 SAMPLINGS = ("shuffle", "shift", "random")

@@ -8,8 +8,6 @@
 Beside a run's weights lie its genotype and its flags: those given here count instead.
 """
 
-from pathlib import Path
-
 from torch import nn
 
 import genotypes
@@ -35,8 +33,9 @@ def get_args():
     add("--auxiliary", action="store_true", help="the weights have an auxiliary head")
     add("--workers", type=flags.natural, default=4, help="processes that read ImageNet's images")
     given = parser.parse_args()
-    about = files.read_args(run_folder(given))
-    check_script(about, given.model_path, run_folder(given))  # before its flags are read
+    folder = files.run_folder(given.model_path)
+    about = files.read_args(folder)
+    check_script(about, given.model_path, folder)  # before its flags are read
     run = about.get("args", {})
     if about.get("script") == "train_imagenet":
         run |= {"set": "imagenet", "data": run.get("tmp_data_dir")}
@@ -47,11 +46,6 @@ def get_args():
     parser.set_defaults(**{name: str(value) for name, value in run.items()})
     parser.set_defaults(auxiliary=run.get("auxiliary") is True)
     return parser.parse_args()
-
-
-def run_folder(args):
-    path = Path(args.model_path)
-    return path if path.is_dir() else path.parent
 
 
 def check_script(about, path, folder):
@@ -70,10 +64,8 @@ def is_colour(value):
 
 
 def main(args):
-    folder, path = run_folder(args), Path(args.model_path)
+    folder, path = files.run_folder(args.model_path), files.weights_of(args.model_path)
     about = files.read_args(folder)
-    if path.is_dir():
-        path = path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
     state, network = files.load(path), None
     if about.get("script") == "train_tas":
         if args.arch is not None:

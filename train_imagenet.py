@@ -20,7 +20,7 @@ from model import NetworkImageNet
 
 def get_args():
     parser = flags.Parser(__doc__)
-    flags.add_imagenet_arguments(parser, seed=0, workers=32)
+    flags.add_imagenet_arguments(parser, workers=32)
     flags.add_learning_arguments(parser, epochs=250, init_channels=48, layers=14, learning_rate=0.5)
     flags.add_training_arguments(parser, weight_decay=3e-5, drop_path_prob=0.0)
     add = parser.add_argument

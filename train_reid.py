@@ -13,7 +13,6 @@ erasing) is the customary one (Luo et al., CVPRW 2019). What was measured stands
 
 import math
 import shlex
-from pathlib import Path
 
 import torch
 
@@ -159,12 +158,11 @@ def forward(model, criterion, x, y, args):
 
 def test(args, people, genotype, device):
     """--test: the figures of a run, after its last epoch or of its checkpoint."""
-    folder, log = Path(args.test), files.start_log(quiet=not is_main())
-    path = folder / ("weights.pt" if (folder / "weights.pt").exists() else "checkpoint.pt")
+    log, path = files.start_log(quiet=not is_main()), files.weights_of(args.test)
     state = files.load(path)
-    classes = files.read_args(folder).get("classes")
+    classes = files.read_args(args.test).get("classes")
     if not isinstance(classes, list):
-        raise utils.UserError(f"{folder}/args.json is damaged: it names no classes")
+        raise utils.UserError(f"{args.test}/args.json is damaged: it names no classes")
     network = build(args.arch, genotype, len(classes), vars(args))
     files.load_weights(network, state, path)
     network.to(device)
@@ -183,7 +181,7 @@ def introduce(log, args, people, identities, genotype):
         "%d identities and %d images to train on, %d queries, %d gallery images without junk",
         len(identities), *(len(part.ids) for part in people[:3]),
     )  # fmt: skip
-    without = data.without_match(people)
+    without = (~data.has_match(people.query, people.gallery)).sum()
     if without:
         log.info("queries without an image by another camera, which do not count: %d", without)
     if genotype is None:

@@ -26,9 +26,10 @@ from harness.runs import Run
 
 def get_args():
     parser = flags.Parser(__doc__)
-    flags.add_imagenet_arguments(parser, seed=2, workers=4)
+    flags.add_imagenet_arguments(parser, workers=4)
     flags.add_learning_arguments(parser, epochs=50, init_channels=16, layers=8, learning_rate=0.5)
     flags.add_search_arguments(parser, begin=35, k=2, arch_learning_rate=6e-3)
+    parser.set_defaults(seed=2)
     parser.add_argument(
         "--split", metavar="FILE", help="list of files of an earlier search, or its folder"
     )

@@ -73,6 +73,20 @@ def count_parameters_in_MB(model):
     return sum(p.numel() for n, p in model.named_parameters() if "auxiliary" not in n) / 1e6
 
 
+def in_layout(x, layout):
+    """x (N, C, H, W) in this memory format; as it is for None, and within torch.func.vmap."""
+    if layout is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return x
+    return x.contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def copy_into(values, tensors):
+    """The values, a list, into the tensors, in place."""
+    for value, tensor in zip(values, tensors, strict=True):
+        tensor.copy_(value)
+
+
 def without_module_prefix(state_dict):
     """The state dict without the `module.` prefix that DataParallel gives every name."""
     prefix = "module."

@@ -22,7 +22,7 @@ import torch
 
 import genotypes
 import utils
-from harness import costs, files, flags, protocol, report, script
+from harness import costs, data, files, flags, protocol, report, script
 from model import build
 from operations import OPS
 
@@ -138,7 +138,7 @@ def of_cell(name, folders):
     sizes = [flags_of["init_channels"], len(about["classes"]), flags_of["layers"]]
     with torch.device("meta"):  # shapes alone
         network = build(genotype, *sizes, flags_of["stem"])
-    side = flags_of["input_size"] or (16 if flags_of["set"] == "digits" else 32)
+    side = flags_of["input_size"] or data.default_side(flags_of["set"])
     ends = [float(protocol.rows(folder)[-1]["test_top1"]) for folder in folders]
     seconds = [sum(float(row["seconds"]) for row in protocol.rows(folder)) for folder in folders]
     return {

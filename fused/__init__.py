@@ -7,7 +7,6 @@ read to understand the method.
 
 from fused.cell import FastForward, sharing
 from fused.comparison import difference
-from fused.convolutions import in_layout
-from fused.gradients import Gradients, copy_into
+from fused.gradients import Gradients
 
-__all__ = ["FastForward", "Gradients", "copy_into", "difference", "in_layout", "sharing"]
+__all__ = ["FastForward", "Gradients", "difference", "sharing"]

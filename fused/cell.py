@@ -66,7 +66,12 @@ def _sharing():
 
 
 def shared(make, key, *tensors):
-    """make(), kept on the first of the tensors that it is made of, for the other cells."""
+    """make(), kept on the first of the tensors that it is made of, for the other cells.
+
+    On the tensor, so that it goes when the map goes. It is made anew for another forward or thread
+    (name), other partners (key), a tensor changed in place (version), and where gradients are
+    wanted that were not. What is written through `.data` changes no version: not within a forward.
+    """
     if _scope.name is None or is_checkpointed():
         return make()
     versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
@@ -185,8 +190,8 @@ class FastForward:
 
         weights (E, ops): softmax(alpha). betas (E,): softmax(beta) over the edges of a node.
         """
-        plain = is_transformed(s0, s1, weights, betas) or not len(s1)
-        plan = None if plain else self._plan()
+        as_written = is_transformed(s0, s1, weights, betas) or not len(s1)
+        plan = None if as_written else self._plan()
         if plan is not None and plan.why is not None:
             warn_once(plan.why)
         if plan is None or plan.why is not None or not self._fits(weights, betas):
@@ -205,7 +210,7 @@ class FastForward:
         else:
             statistics = plan.running(eye)
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
-        sources, last = states, layout(s1) == torch.channels_last
+        sources, channels_last = states, layout(s1) == torch.channels_last
         for w, (S, T, stride, first, edges) in enumerate(waves):
             if self.sampling == "random":
                 sources = [source.index_select(1, self.channel_order) for source in sources]
@@ -223,12 +228,12 @@ class FastForward:
                 mixed = outs if mixed is None else mixed + outs
             if k > 1:
                 for (_, rest), row in zip(parts, betas[w], strict=True):
-                    bypass = self._pass_by(bypass, rest, row, stride, last)
+                    bypass = self._pass_by(bypass, rest, row, stride, channels_last)
             node, passed = mixed, bypass  # the first of the targets has all its edges now
             if T > 1:
                 node, mixed = mixed.split([c, (T - 1) * c], 1)
                 passed, bypass = bypass.split([1, T - 1]) if k > 1 else (None, None)
-            states.append(self._node(node, passed, last))
+            states.append(self._node(node, passed, channels_last))
             sources = states[-1:]
         if self.training:
             plan.follow(statistics[0], node.numel() // c)
@@ -246,7 +251,7 @@ class FastForward:
         firsts, seconds, dils = kernels
         hs = self._first_convolutions(x, plan, w, firsts, dils)
         Q, P = plan.pointwise(w, W.shape[1], eye)
-        plain, skips = kinds.plain(plan.waves[w]), [x] * len(kinds.skips) * (stride == 1)
+        unnormed, skips = kinds.unnormed(plan.waves[w]), [x] * len(kinds.skips) * (stride == 1)
         recompute = self.recompute and self.training
         again = {} if recompute else None
         if firsts:
@@ -276,8 +281,8 @@ class FastForward:
         hs = side_by_side([*hs, *pooled, *skips])
         if self.training:
             remake = remake if recompute else None
-            return NormSum.apply(statistics, plain, mixed, W_normed, remake, kept, W, P, *hs)
-        return norm_sum(*statistics[1], plain, mixed, W, P, hs)
+            return NormSum.apply(statistics, unnormed, mixed, W_normed, remake, kept, W, P, *hs)
+        return norm_sum(*statistics[1], unnormed, mixed, W, P, hs)
 
     def _first_convolutions(self, x, plan, w, firsts, dils):
         """The outputs of the operations' first convolutions: sep_convs, dil_convs, halves."""
@@ -305,23 +310,23 @@ class FastForward:
             hs.append(halve(relu, kernel, groups=S))
         return hs
 
-    def _pass_by(self, bypass, rest, betas, stride, last):
+    def _pass_by(self, bypass, rest, betas, stride, channels_last):
         """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c)).
 
         In the order of channels_last or of contiguous, as all of the cell.
         """
         if stride == 2:
             rest = HalvedMax.apply(rest)
-        rest = rest.permute(0, 2, 3, 1) if last else rest
+        rest = rest.permute(0, 2, 3, 1) if channels_last else rest
         rest, betas = rest.flatten(), betas.to(rest.dtype)
         return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
 
-    def _node(self, mixed, bypass, last=True):
+    def _node(self, mixed, bypass, channels_last):
         """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""
         if bypass is None:
             return mixed
         n, c, h, w = mixed.shape
-        if last:
+        if channels_last:
             mixed, bypass, dim = mixed.permute(0, 2, 3, 1), bypass.view(n, h, w, -1), 3
         else:
             bypass, dim = bypass.view(n, -1, h, w), 1
@@ -332,4 +337,4 @@ class FastForward:
             node = torch.cat([bypass, mixed], dim)
         else:  # every channel back in its place
             node = torch.cat([mixed, bypass], dim).index_select(dim, self.channel_places)
-        return node.permute(0, 3, 1, 2) if last else node
+        return node.permute(0, 3, 1, 2) if channels_last else node

@@ -14,13 +14,6 @@ def layout(x):
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
-def in_layout(x, layout):
-    """x (N, C, H, W) in this memory format; as it is for None, and within torch.func.vmap."""
-    if layout is None or torch._C._functorch.peek_interpreter_stack() is not None:
-        return x
-    return x.contiguous(memory_format=layout)
-
-
 def refuse_second_derivatives():
     """Under create_graph=True: what follows is no function of alphas and betas to autograd."""
     if torch.is_grad_enabled():

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from utils import copy_into
+
 log = logging.getLogger("pc-darts")
 
 # How far a replayed step may be from the same step run again, at least: relative, by precision.
@@ -38,20 +40,23 @@ class Gradients:
         if not self.graphed(input):
             return self._compute(wanted, input, target, scale)
         kind = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (input, target)]
-        key = (tuple(map(id, wanted)), *kind, self.model.training)
+        # A graph reads the memory of its capture, which a tensor leaves that is moved by `to`.
+        places = tuple((id(tensor), tensor.data_ptr()) for tensor in wanted)
+        key = (places, *kind, self.model.training)
         calls = self.calls[key] = self.calls.get(key, 0) + 1
         if calls <= self.WARM_UP:
             return self._aside(wanted, input, target, scale)
         if key not in self.captured:
             try:
-                self.captured[key] = self._checked(wanted, input, target)
+                # With the tensors, so that no other one gets the id of one of them.
+                self.captured[key] = self._checked(wanted, input, target), wanted
             except RuntimeError as error:  # of the capture, of memory, or of the comparison
                 self.graphs, self.reason = False, str(error).strip().split("\n")[0]
                 self.captured.clear()
             if not self.graphs:  # outside of the except, whose traceback holds the failed graph
                 log.warning("no CUDA graph (%s): going on without", self.reason)
                 return self._compute(wanted, input, target, scale)
-        loss, logits, gradients = _replay(self.captured[key], input, target)
+        loss, logits, gradients = _replay(self.captured[key][0], input, target)
         # The next replay overwrites them.
         return loss.clone(), logits.clone(), list(torch._foreach_mul(gradients, scale))
 
@@ -91,7 +96,7 @@ class Gradients:
         pool: what one leaves there but its results, which are kept, the next may overwrite.
         """
         own = torch.zeros_like(input), torch.zeros_like(target)
-        pool = next((entry[0].pool() for entry in self.captured.values()), None)
+        pool = next((entry[0].pool() for entry, _ in self.captured.values()), None)
         with torch.cuda.device(input.device):
             outside = torch.cuda.current_stream()
             graph = torch.cuda.CUDAGraph()
@@ -194,13 +199,6 @@ def _error(tensors, expected):
     norms = torch.stack([b.norm() for b in expected])
     floor = max(1e-3 * norms.max(), torch.finfo(torch.float32).tiny)
     return (torch.stack(differences) / norms.clamp_min(floor)).max().item()
-
-
-@torch.no_grad()
-def copy_into(values, tensors):
-    """The values, a list, into the tensors, in place."""
-    for value, tensor in zip(values, tensors, strict=True):
-        tensor.copy_(value)
 
 
 @contextmanager

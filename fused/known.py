@@ -112,7 +112,7 @@ def hooks(attributes, prefix=""):
     return [attributes[prefix + name] for name in HOOKS]
 
 
-def is_plain(module):
+def is_untouched(module):
     """Whether it has no hooks, and no function in the place of one of its class."""
     return not any(hooks(vars(module))) and not any(map(callable, vars(module).values()))
 
@@ -130,7 +130,7 @@ def is_as_made(block, reference, cell):
         return (
             signature(block, cell.norm) == reference
             and {tensor.dtype for tensor in tensors} <= {cell.preprocess1.op[1].weight.dtype}
-            and all(map(is_plain, parts))
+            and all(map(is_untouched, parts))
             and not any(map(unfamiliar, set(map(type, parts)) - {cell.norm}))
             and all(part.training == cell.training for part in parts if type(part) is cell.norm)
         )

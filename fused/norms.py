@@ -97,13 +97,13 @@ class Moments(list):
 class _Norm:
     """norm(P h) = A h + b, of blocks that lie in the tensors hs in this order, and its backward.
 
-    -mean and variance of P h, (G, c, 1), are added to `moments`. The last `plain` blocks, with
-    identical matrices in P, are not normalized.
+    -mean and variance of P h, (G, c, 1), are added to `moments`. The last `unnormed` blocks, with
+    the identity in P, are not normalized.
     """
 
-    def __init__(self, hs, P, moments, plain=0):
+    def __init__(self, hs, P, moments, unnormed=0):
         self.pixels = hs[0].numel() // hs[0].shape[1]
-        normed = len(P) - plain
+        normed = len(P) - unnormed
         self.fraction, self.total = moments.fraction, moments.total
         if self.pixels == 1 and self.total is None:  # as nn.BatchNorm2d, whose words these are
             raise ValueError("Expected more than 1 value per channel when training")
@@ -119,11 +119,11 @@ class _Norm:
         moments.append((minus_mean[:normed], var[:normed]))
         self.inv_std = (var + EPS).rsqrt_()
         self.A, self.b = self.inv_std * P, self.inv_std * minus_mean
-        if plain:
+        if unnormed:
             self.A[normed:], self.b[normed:] = P[normed:], 0
 
     def backward(self, dA, db, dP_too):
-        """dL/dP, and D and e for dL/dh = A^T g - (D h + e) / m; dA and db are 0 in plain blocks."""
+        """dL/dP, and D and e for dL/dh = A^T g - (D h + e) / m; dA, db: 0 in unnormed blocks."""
         r, shift = self._terms(dA, db)
         dP = None
         if dP_too:
@@ -207,14 +207,14 @@ class NormSum(torch.autograd.Function):
     """start + sum_g W[t, g] * norm(P_g h_g): (N, T * c, H, W).
 
     start (N, T * c, H, W) or None, W (T, G), P (G, c, c); the blocks h_1 ... h_G lie in the tensors
-    hs, in this order. W_normed is W with zeros for the plain blocks. `remake` is None, or makes hs
-    again from the tensors `kept`, which are kept for the backward pass in their place. moments and
-    plain: see _Norm.
+    hs, in this order. W_normed is W with zeros for the unnormed blocks. `remake` is None, or makes
+    hs again from the tensors `kept`, which are kept for the backward pass in their place. moments
+    and unnormed: see _Norm.
     """
 
     @staticmethod
-    def forward(ctx, moments, plain, start, W_normed, remake, kept, W, P, *hs):
-        norm = _Norm(hs, P, moments, plain)
+    def forward(ctx, moments, unnormed, start, W_normed, remake, kept, W, P, *hs):
+        norm = _Norm(hs, P, moments, unnormed)
         T, G, c = *W.shape, P.shape[1]
         kernel = W[:, None, :, None] * norm.A.transpose(0, 1)  # (T, c, G, c)
         kernel = kernel.reshape(T * c, G * c, 1, 1).to(hs[0].dtype)
@@ -270,10 +270,10 @@ def norm_relu_depthwise(mean, var, h, P, weight):
     return depthwise(z, weight)
 
 
-def norm_sum(mean, var, plain, start, W, P, hs):
-    """What NormSum gives in evaluation: mean and var (T, G - plain, c) are the running figures."""
+def norm_sum(mean, var, unnormed, start, W, P, hs):
+    """What NormSum gives in evaluation; mean, var: the running figures (T, G - unnormed, c)."""
     inv_std = (var + EPS).rsqrt()
-    inv_std, shift = F.pad(inv_std, (0, 0, 0, plain), value=1), F.pad(-mean, (0, 0, 0, plain))
+    inv_std, shift = F.pad(inv_std, (0, 0, 0, unnormed), value=1), F.pad(-mean, (0, 0, 0, unnormed))
     scale = W[:, :, None] * inv_std  # (T, G, c)
     kernel = scale.transpose(1, 2)[..., None] * P.transpose(0, 1)  # (T, c, G, c)
     kernel = kernel.flatten(2).flatten(0, 1)[:, :, None, None].to(hs[0].dtype)

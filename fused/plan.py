@@ -18,7 +18,7 @@ from fused.known import (
     functions_of_torch,
     hooks,
     is_as_made,
-    is_plain,
+    is_untouched,
     signature,
     unfamiliar,
 )
@@ -68,15 +68,24 @@ class Kinds(NamedTuple):
         """The lists of places whose ops have a block of their own for each edge."""
         return self.seps, self.dils, *([o] for o in (self.halves if stride == 2 else ()))
 
-    def plain(self, wave):
+    def unnormed(self, wave):
         """The number of blocks without a norm, the last: the skip_connects where they are x."""
         return wave.S * len(self.skips) if wave.stride == 1 else 0
+
+
+# Places in the `op` of a DilConv, and of the first half of a SepConv; in its second half + HALF.
+DEPTHWISE, POINTWISE, NORM, HALF = 1, 2, 3, 4
 
 
 class Plan:
     """The modules of a cell in the order in which the fast form reads them, in one of its modes.
 
     why: None, or in a few words why the cell has to run as it is written.
+
+    The blocks of a wave have one order wherever they are listed, the maps h, P and W of
+    norms.NormSum, norms and their figures: edge by edge the sep_convs of each; edge by edge the
+    dil_convs; then for each skip_connect of strided edges all edges; for each pool all sources; for
+    each other skip_connect all sources, not normalized.
     """
 
     def __init__(self, cell):
@@ -151,9 +160,12 @@ class Plan:
             [ops[wave.first][o][0] for o in kinds.pools] for wave in self.waves
         ]
         # Depthwise, of each op: of sep_convs all first ones, then all second ones; of dil_convs.
-        self.sep_convs = [[edge[o].op[at] for at in (1, 5) for edge in ops] for o in kinds.seps]
-        self.dil_convs = [[edge[o].op[1] for edge in ops] for o in kinds.dils]
-        self.middle, self.last = [], []  # of each wave the 1x1 convolutions that a norm follows
+        self.sep_convs = [
+            [edge[o].op[at] for at in (DEPTHWISE, HALF + DEPTHWISE) for edge in ops]
+            for o in kinds.seps
+        ]
+        self.dil_convs = [[edge[o].op[DEPTHWISE] for edge in ops] for o in kinds.dils]
+        self.middle, self.final = [], []  # of each wave the 1x1 convolutions that a norm follows
         strided = ops[: sum(wave.S * wave.T for wave in self.waves if wave.stride == 2)]
         self.halves = [
             ([edge[o].conv_1 for edge in strided], [edge[o].conv_2 for edge in strided])
@@ -165,12 +177,12 @@ class Plan:
         self.norms, self.rows, self.counts = [], [], []
         for wave in self.waves:
             edges = ops[wave.first : wave.first + wave.S * wave.T]
-            self.middle.append([edge[o].op[2] for edge in edges for o in kinds.seps])
-            self.last.append([edge[o].op[6] for edge in edges for o in kinds.seps])
-            self.last[-1] += [edge[o].op[2] for edge in edges for o in kinds.dils]
-            middle = [edge[o].op[3] for edge in edges for o in kinds.seps]
-            last = [edge[o].op[7] for edge in edges for o in kinds.seps]
-            last += [edge[o].op[3] for edge in edges for o in kinds.dils]
+            self.middle.append([edge[o].op[POINTWISE] for edge in edges for o in kinds.seps])
+            self.final.append([edge[o].op[HALF + POINTWISE] for edge in edges for o in kinds.seps])
+            self.final[-1] += [edge[o].op[POINTWISE] for edge in edges for o in kinds.dils]
+            middle = [edge[o].op[NORM] for edge in edges for o in kinds.seps]
+            last = [edge[o].op[HALF + NORM] for edge in edges for o in kinds.seps]
+            last += [edge[o].op[NORM] for edge in edges for o in kinds.dils]
             if wave.stride == 2:
                 last += [edge[o].bn for o in kinds.halves for edge in edges]
             pools = [edge[o][1] for o in kinds.pools for edge in edges]
@@ -195,9 +207,9 @@ class Plan:
         row = F.pad(coefficients.flatten(), (0, 1))
         parts = row[places].split([T * blocks for T, blocks in shapes])
         Ws = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        plain = [self.kinds.plain(wave) for wave in waves]
-        normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, plain, strict=True)]
-        normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, plain, strict=True)]
+        unnormed = [self.kinds.unnormed(wave) for wave in waves]
+        normed = [W.detach()[:, : W.shape[1] - n] for W, n in zip(Ws, unnormed, strict=True)]
+        normed = [F.pad(W, (0, n)) if n else W for W, n in zip(normed, unnormed, strict=True)]
         return coefficients, betas, list(zip(Ws, normed, strict=True))
 
     def kernels(self):
@@ -231,7 +243,7 @@ class Plan:
         Those inside the sep_convs, or None; and those at the end of each of the blocks, which are
         `eye` where there is none.
         """
-        middle, last = ([conv.weight for conv in part[w]] for part in (self.middle, self.last))
+        middle, last = ([conv.weight for conv in part[w]] for part in (self.middle, self.final))
         last += [eye[:, :, None, None]] * (blocks - len(last))
         return torch.stack(middle).flatten(2) if middle else None, torch.stack(last).flatten(2)
 
@@ -288,7 +300,7 @@ def _why(cell, blocks, parts):
     if functions_of_torch() != AT_FIRST:
         return "changed functions of torch.nn"
     for part in parts:
-        if not is_plain(part):
+        if not is_untouched(part):
             return f"hooks, or a function, of one {type(part).__name__}"
     edges = list(cell._ops)
     if len(edges) != sum(2 + j for j in range(cell._steps)) or {len(e._ops) for e in edges} != {
@@ -348,7 +360,7 @@ def _kind(op, stride, c, cell, firsts):
         return name if fits else "others"
     if kind is nn.Sequential and type(op[0]) in (nn.MaxPool2d, nn.AvgPool2d):
         first = firsts.setdefault(stride, signature(op[0]))
-        known = is_as_made(op[0], first, cell) and len(op) == 2 and is_plain(op)
+        known = is_as_made(op[0], first, cell) and len(op) == 2 and is_untouched(op)
         return "pools" if known and is_as_made(op[1], fresh(nn.BatchNorm2d, c), cell) else "others"
     if kind is (FactorizedReduce if stride == 2 else Identity):
         sizes = (c, c) if stride == 2 else ()

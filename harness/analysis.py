@@ -2,8 +2,9 @@
 
 import torch
 
-from fused import Gradients, copy_into
+from fused import Gradients
 from model_search import KINDS
+from utils import copy_into
 
 
 @torch.no_grad()

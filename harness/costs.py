@@ -4,6 +4,7 @@ import copy
 import functools
 import resource
 import sys
+import time
 from collections import Counter
 
 import torch
@@ -159,6 +160,15 @@ def wait(device):
         torch.cuda.synchronize(device)
     elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+def seconds(function, device):
+    """How long `function()` takes, with what it gives the device to do."""
+    wait(device)
+    start = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - start
 
 
 def peak_memory(device):

@@ -77,15 +77,21 @@ def _load(name, root, input_size):
         raise UserError(f"unknown set {name!r}: use one of {', '.join(SETS)}")
     if input_size is not None and input_size < 8:
         raise UserError(f"input_size {input_size} is too small: use 8 or more")
+    size = input_size or default_side(name)
     if name == "digits":
-        return _digits(input_size or 16)
-    root, size = expanded(root), input_size or 32
+        return _digits(size)
+    root = expanded(root)
     try:
         if root.exists() and not root.is_dir():
             raise UserError(f"{root} is a file: give the folder that holds the images")
         return _folder(root, size) if name == "folder" else _cifar(name, root, size)
     except OSError as error:
         raise UserError(f"{root} cannot be read ({reason(error)}): check the folder") from error
+
+
+def default_side(name):
+    """Height and width in pixels of the images of a set where --input_size is not given."""
+    return 16 if name == "digits" else 32
 
 
 def counts(images: Images) -> tuple[int, int]:

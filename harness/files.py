@@ -176,6 +176,20 @@ def load(path, device="cpu"):
         raise UserError(f"{path} is no intact weights file: give one that torch saved") from None
 
 
+def run_folder(path):
+    """The folder of a run, given as itself or as a file in it."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def weights_of(path):
+    """The file with weights: path itself; in a run weights.pt, or else checkpoint.pt."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return path / ("weights.pt" if (path / "weights.pt").exists() else "checkpoint.pt")
+
+
 def load_weights(model, state, path):
     """Loads a state dict, or a checkpoint with one under "model" or "state_dict", into `model`.
 

@@ -103,7 +103,7 @@ def add_common_arguments(parser, batch_size, more_sets=""):
     add_machine_arguments(parser)
 
 
-def add_imagenet_arguments(parser, seed, workers):
+def add_imagenet_arguments(parser, workers):
     """The flags that search and training on ImageNet share."""
     add = parser.add_argument
     add("--tmp_data_dir", default="/tmp/cache/", help="folder that holds imagenet/{train,val}")
@@ -113,7 +113,6 @@ def add_imagenet_arguments(parser, seed, workers):
     add("--workers", type=natural, default=workers, help="processes that read images, of each GPU")
     add("--note", default="try", help="a word for the log")
     add_machine_arguments(parser, gpu=None)
-    parser.set_defaults(seed=seed)
 
 
 def add_machine_arguments(parser, gpu=0):
@@ -198,8 +197,8 @@ def add_cutout_arguments(parser):
 
 def add_run_arguments(parser, epochs, learning_rate):
     """The flags of all that searches or trains."""
-    add, seed = parser.add_argument, parser.get_default("seed") or 0
-    add("--seed", type=natural, default=seed, help="of every random number")
+    add = parser.add_argument
+    add("--seed", type=natural, default=0, help="of every random number")
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--learning_rate", type=positive, default=learning_rate, help="of the weights, at first")
     add("--grad_clip", type=positive, default=5.0,

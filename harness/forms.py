@@ -37,7 +37,7 @@ def choose(model, args, device, shape):
         if free and device.type in MEASURED_ON:
             choice = distributed.on_main(lambda: measure(model, args, device, shape))
             args.form, args.no_cuda_graph, line = choice
-            args.recompute &= args.form.startswith("fused")  # otherwise --resume would refuse the two
+            args.recompute &= args.form.startswith("fused")  # else --resume would refuse them
     return _in_form(model, args.form).to(device), line
 
 
@@ -156,14 +156,7 @@ class Steps:
 def seconds(steps, device):
     """The seconds of a step: the least of ROUNDS, after one that is not counted."""
     steps()
-    times = []
-    for _ in range(ROUNDS):
-        costs.wait(device)
-        start = time.perf_counter()
-        steps()
-        costs.wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(costs.seconds(steps, device) for _ in range(ROUNDS))
 
 
 def _free(device):

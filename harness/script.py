@@ -94,7 +94,8 @@ made_parents = []  # folders that were made for them, the inner ones first
 def _fail(message, code):
     """Prints the line; a run folder that holds nothing to go on from is taken away."""
     for folder in unsaved_runs if code == 2 else ():
-        shutil.rmtree(folder, ignore_errors=True)
+        if not any((Path(folder) / name).exists() for name in ("checkpoint.pt", "weights.pt")):
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in made_parents if code == 2 else ():
         with contextlib.suppress(OSError):  # it is not empty
             folder.rmdir()

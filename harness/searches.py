@@ -15,11 +15,35 @@ def supernet(args, classes, criterion, stem):
     if names and (len(set(names)) < len(names) or set(names) == {"none"}):
         raise utils.UserError(f"--primitives {args.primitives}: give each once, and more than none")
     return Network(
-        args.init_channels, classes, args.layers, criterion, steps=args.steps,
-        multiplier=args.steps, k=args.k, edge_norm=not args.no_edge_norm, stem=stem,
-        recompute=args.recompute, sampling=args.sampling, primitives=names,
-        fused=not args.plain and not args.form.startswith("plain"),
+        num_classes=classes, criterion=criterion, stem=stem, recompute=args.recompute,
+        primitives=names, fused=not args.plain and not args.form.startswith("plain"),
+        **_variant(vars(args)),
     )  # fmt: skip
+
+
+def _variant(args):
+    """The arguments of Network that a search's flags, a dict, name in other words."""
+    return dict(
+        C=args["init_channels"], layers=args["layers"], k=args["k"], steps=args["steps"],
+        multiplier=args["steps"], edge_norm=not args["no_edge_norm"], sampling=args["sampling"],
+    )  # fmt: skip
+
+
+def of_run(folder):
+    """The arguments of Network that the search in the folder gave it, but for how it runs.
+
+    {} where it is no run of train_search.py or train_search_imagenet.py; UserError where its
+    args.json is damaged.
+    """
+    about = files.read_args(folder)
+    if about.get("script") not in ("train_search", "train_search_imagenet"):
+        return {}
+    try:
+        stem = "imagenet" if "imagenet" in about["script"] else about["args"]["stem"]
+        sizes = dict(num_classes=len(about["classes"]), primitives=about["primitives"])
+        return _variant(about["args"]) | sizes | {"stem": stem}
+    except (KeyError, TypeError) as error:
+        raise utils.UserError(f"{folder}/args.json is damaged ({error}): mend it") from None
 
 
 def introduce(log, args, model, measured=None):

@@ -22,27 +22,6 @@ def sizes(folder):
     return found | {"auxiliary": args.get("auxiliary") is True}
 
 
-def of_search(folder):
-    """The arguments of model_search.Network that the search in the folder gave it.
-
-    {} where it is no run of train_search.py or train_search_imagenet.py; UserError where its
-    args.json is damaged.
-    """
-    about = files.read_args(folder)
-    if about.get("script") not in ("train_search", "train_search_imagenet"):
-        return {}
-    try:
-        args, classes, imagenet = about["args"], about["classes"], "imagenet" in about["script"]
-        return dict(
-            C=args["init_channels"], num_classes=len(classes), layers=args["layers"], k=args["k"],
-            steps=args["steps"], multiplier=args["steps"], edge_norm=not args["no_edge_norm"],
-            stem="imagenet" if imagenet else args["stem"], sampling=args["sampling"],
-            primitives=about["primitives"],
-        )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise utils.UserError(f"{folder}/args.json is damaged ({error}): mend it") from None
-
-
 def introduce(run, network, genotype, more=""):
     """The first lines of a training's log about its network."""
     run.log.info("network: %.6f M parameters%s", utils.count_parameters_in_MB(network), more)

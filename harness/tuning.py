@@ -1,6 +1,7 @@
 """How a discrete network is run, not what it computes: its memory format, and compiled cells."""
 
 import contextlib
+import functools
 import time
 
 import torch
@@ -45,24 +46,20 @@ def introduce(log, layout):
         log.info("layout %s (forward + backward at the start: %s)", layout["layout"], times)
 
 
-def layout_seconds(network, images, args, device, steps=5):
-    """{layout: seconds} of forward + backward, the fastest of `steps`, two before not counted.
+def layout_seconds(network, images, args, device):
+    """{layout: seconds} of forward + backward, the fastest of five, two before not counted.
 
     Infinite where the memory of a GPU does not suffice.
     """
     before, seconds = network.layout, dict.fromkeys(LAYOUTS, float("inf"))
-    for step in range(2 + steps):
+    step = functools.partial(_try_step, network, images, args, device)
+    for turn in range(7):
         for name, layout in LAYOUTS.items():
             network.layout = layout
-            costs.wait(device)
-            start = time.perf_counter()
-            try:
-                _try_step(network, images, args, device)
-            except torch.cuda.OutOfMemoryError:
-                continue
-            costs.wait(device)
-            if step >= 2:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                taken = costs.seconds(step, device)
+                if turn >= 2:
+                    seconds[name] = min(seconds[name], taken)
     network.layout = before
     return seconds
 
@@ -112,8 +109,7 @@ def compile_cells(network, images, args, device, log):
     the network is as before. images: (number in a step, their side), of this process. Raises
     UserError where the network is for several GPUs in one process.
     """
-    several = device.type == "cuda" and torch.cuda.device_count() > 1
-    if several and distributed.world_size() == 1 and args.device is None and args.gpu is None:
+    if distributed.replicas(device, args) > 1:
         raise UserError("--compile has no DataParallel: use torchrun, or one GPU with --gpu 0")
     start = time.perf_counter()
     try:

@@ -185,19 +185,13 @@ def checked(data):
     if len(cameras) < 2:
         raise UserError(f"all query and gallery images are of camera {cameras[0]}: a match is by "
                         "another camera, so it takes two")  # fmt: skip
-    of_id = {}
-    for identity, camera in zip(data.gallery.ids, data.gallery.cameras, strict=True):
-        of_id.setdefault(identity, set()).add(camera)
-    pairs = zip(data.query.ids, data.query.cameras, strict=True)
-    if not any(
-        identity != -1 and of_id.get(identity, set()) - {camera} for identity, camera in pairs
-    ):
+    if not has_match(data.query, data.gallery).any():
         raise UserError("no query has an image by another camera in the gallery: check the names")
     return data
 
 
 def digest(data):
-    """A hash of a ReIDSet's names, identities and cameras, by which a resumed run knows its data."""
+    """A hash of names, identities and cameras, by which a resumed run knows its data."""
     found = hashlib.sha256()
     for part in data[:3]:
         if isinstance(part.images, list):
@@ -211,15 +205,17 @@ def without_junk(images):
     return select(images, np.flatnonzero(images.ids != -1))
 
 
-def without_match(data):
-    """How many queries have no image by another camera in the gallery."""
-    gallery = set(zip(data.gallery.ids.tolist(), data.gallery.cameras.tolist(), strict=True))
-    cameras = np.unique(data.gallery.cameras).tolist()
-    pairs = zip(data.query.ids.tolist(), data.query.cameras.tolist(), strict=True)
-    return sum(
-        not any((identity, other) in gallery for other in cameras if other != camera)
-        for identity, camera in pairs
-    )
+def has_match(query, gallery):
+    """(Q,) bool: which queries have an image by another camera in the gallery; junk (-1) has none.
+
+    query, gallery: Images.
+    """
+    cameras = {}  # of each identity
+    for identity, camera in zip(gallery.ids.tolist(), gallery.cameras.tolist(), strict=True):
+        cameras.setdefault(identity, set()).add(camera)
+    pairs = zip(query.ids.tolist(), query.cameras.tolist(), strict=True)
+    others = [cameras.get(identity, set()) - {camera} for identity, camera in pairs]
+    return np.array([bool(its) for its in others], bool) & (query.ids != -1)
 
 
 def labels(ids):

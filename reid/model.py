@@ -9,7 +9,7 @@ from torchvision import models
 
 import genotypes
 import operations
-from model import Cell
+from model import stack
 from operations import OPS
 from utils import without_module_prefix
 
@@ -51,20 +51,11 @@ class ReIDNetwork(nn.Module):
 
     def __init__(self, C, num_classes, layers, genotype, embedding=512):
         super().__init__()
-        reduce_at = reductions(layers)
         genotype = genotypes.check(genotype, OPS)
         self.drop_path_prob = 0.0
         self.stem = operations.stem("resnet", C)["stem"]
-        self.cells = nn.ModuleList()
-        C_prev_prev, C_prev, reduction_prev = C, C, False
-        for i in range(sum(layers)):
-            reduction = i in reduce_at
-            C *= 2 if reduction else 1
-            cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
-            self.cells.append(cell)
-            reduction_prev = reduction
-            C_prev_prev, C_prev = C_prev, cell.multiplier * C
-        self.head = Head(C_prev, num_classes, embedding)
+        self.cells, channels = stack(genotype, C, C, sum(layers), reductions(layers))
+        self.head = Head(channels[-1], num_classes, embedding)
 
     def forward(self, x):
         """(embeddings (N, embedding), logits (N, num_classes)) of x (N, 3, H, W).

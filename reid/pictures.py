@@ -7,7 +7,7 @@ from harness import drawing, report
 from utils import UserError
 
 from . import metrics
-from .data import decode, select
+from .data import decode, has_match, select
 
 RIGHT, WRONG = "tab:green", "tab:red"
 
@@ -75,14 +75,11 @@ def save(folder, people, found, log, wanted=None, queries=8):
         return
     query, gallery = people.query, people.gallery
     first = next(iter(found.values()))
-    there = [i for i in range(len(query.ids)) if _has_match(i, query, gallery)]
-    rows = [there[i] for i in np.linspace(0, len(there) - 1, min(queries, len(there))).astype(int)]
+    there = np.flatnonzero(has_match(query, gallery))
+    rows = np.linspace(0, len(there) - 1, min(queries, len(there))).astype(int)
+    rows = there[rows].tolist()
     figure = retrieved(select(query, rows), gallery, first.distances(rows).cpu())
     drawing.save(figure, folder / "retrieved.png")
     curves = {name or "embeddings": one.result for name, one in found.items()}
     drawing.save(cmc_curves(curves), folder / "cmc.png")
     report.write(report.read(folder), folder / "report.html")
-
-
-def _has_match(i, query, gallery):
-    return bool(((gallery.ids == query.ids[i]) & (gallery.cameras != query.cameras[i])).any())

@@ -942,9 +942,9 @@ def test_a_fast_cell_used_by_itself_keeps_nothing_stale():
 
 def test_comparing_leaves_random_numbers_alone():
     drawn = []
-    for fused in (False, True):
+    for fast in (False, True):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
-        build(fused=fused)
+        build(fused=fast)
         drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert drawn[0] == drawn[1]
 

@@ -49,7 +49,7 @@ def test_shift_is_the_formula_with_a_rotation(k):
 def test_shift_sends_other_channels_through_the_next_operations():
     cell = model_search.Network(16, 3, 3, None, sampling="shift").cells[0]
     mixed, passed = torch.zeros(1, 4, 1, 1), torch.arange(1.0, 13.0)
-    node = cell._node(mixed, passed)
+    node = cell._node(mixed, passed, channels_last=True)
     assert node.flatten().tolist() == [*range(1, 13), 0, 0, 0, 0]
 
 
