@@ -32,6 +32,8 @@ def get_args():
 def main(args):
     try:
         show(args)
+    except utils.UserError:
+        raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # edited by hand
         what = f"{type(error).__name__}: {error}"
         raise utils.UserError(f"{' '.join(args.what)} is damaged ({what}): mend it") from None

@@ -3,6 +3,7 @@
 import torch
 
 from fused import Gradients
+from harness import distributed
 from model_search import KINDS
 from utils import copy_into
 
@@ -38,7 +39,8 @@ def dominant_eigenvalue(model, input, target, iterations=20, step=0.1):
     batch; alphas, running statistics and random numbers stay as they are.
     """
     alphas = [tensor for tensor in model.arch_parameters() if tensor.dim() == 2]
-    gradients, training = Gradients(model, graphs=False), model.training
+    gradients = distributed.averaged(Gradients(model, graphs=False))  # the same in all processes
+    training = model.training
     statistics = [buffer for buffer in model.buffers() if not buffer.requires_grad]
     kept = [tensor.detach().clone() for tensor in alphas]
     kept_statistics = [tensor.clone() for tensor in statistics]

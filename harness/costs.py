@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import resource
 import sys
 import time
@@ -169,6 +170,14 @@ def seconds(function, device):
     function()
     wait(device)
     return time.perf_counter() - start
+
+
+def forget(device):
+    """Gives back the memory of a trial, so that the run's peak memory is not the trial's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device):

@@ -26,7 +26,7 @@ def start(args):
     if name not in ("cpu", "cuda") or args.gpu:
         raise utils.UserError(
             "torchrun gives each process its own GPU: leave --gpu and --device out, "
-            "or use --device cpu"
+            "or use --device cuda or cpu, also where a run has another one stored"
         )
     name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     device = flags.choose_device(SimpleNamespace(device=name, gpu=0))

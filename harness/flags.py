@@ -281,6 +281,7 @@ def parse_args(parser):
         parser.set_defaults(**{name: value if flag or value is None else str(value)})
     free = {name: vars(given)[name] for name in FREE if name in stored}
     free = {name: value for name, value in free.items() if value is not unset}
+    free["detect_anomaly"] = args.detect_anomaly  # which nobody wants for the rest of a run
     if "device" in free or "gpu" in free:  # one takes the place of the other
         free = {"device": None, "gpu": None} | free
     return _agreeing(argparse.Namespace(**vars(parser.parse_args([])) | free))

@@ -5,7 +5,6 @@ GPU, cuDNN, the batch and the precision, so a search that is begun there tries t
 """
 
 import copy
-import gc
 import time
 from types import SimpleNamespace
 
@@ -71,7 +70,7 @@ def measure(model, args, device, shape):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for name in names:
             error = _time(name, model, args, device, shape, graphs, times, failed)
-            _free(device)
+            costs.forget(device)
             if error is not None:
                 failed[name, False] = error
     if not times:
@@ -157,11 +156,3 @@ def seconds(steps, device):
     """The seconds of a step: the least of ROUNDS, after one that is not counted."""
     steps()
     return min(costs.seconds(steps, device) for _ in range(ROUNDS))
-
-
-def _free(device):
-    """Gives back what the copy took; the run's peak memory is not that of the trial."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)

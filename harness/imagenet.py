@@ -9,6 +9,7 @@ and its place in the data set alone, not on the number of workers or processes.
 import codecs
 import copy
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -325,7 +326,9 @@ def heed_the_parent(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_the_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(
+            target=_wait_for_the_parent, args=(multiprocessing.parent_process().pid,), daemon=True
+        ).start()
 
 
 def _wait_for_the_parent(parent):

@@ -40,6 +40,8 @@ class Figures:
     def steps(self):
         """(x, y) of each step; in between the figures are shown every `report_freq` steps."""
         if self.step >= len(self.loader):  # resumed after the last
+            if self.run is not None:
+                self.run.figures = self  # for a signal in the evaluation that follows
             return
         for batch in self.bar:
             yield batch

@@ -41,14 +41,21 @@ def run(kind, name, root, script, *flags):
         flags = [*flags, "--save", Path(root) / name]
     command = [sys.executable, ROOT / script, *flags]
     print(">", shlex.join(map(str, [script, *flags])), flush=True)
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    process, told = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL), []
+
+    def pass_on(number, frame):
+        told.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
         code = process.wait()
     except KeyboardInterrupt:  # the script has had it, too, and saves
         code = process.wait() or 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    if told and not code:  # too late for the script, which has ended well
+        sys.exit(128 + told[0])
     if code:
         if code == 2:  # the script has said what is wrong
             raise UserError(f"{script} of {name} stopped; the line above says why")

@@ -1,7 +1,9 @@
 """A run: its folder, what it was started with, its checkpoints, and how it ends and goes on."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import json
 import os
 import random
@@ -95,8 +97,12 @@ class Run:
         stream = self.log.handlers[-1].stream
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.folder} is in use by another process: wait for it") from None
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                busy = f"{self.folder} is in use by another process: wait for it"
+                raise UserError(busy) from None
+            self.log.info("no lock on %s (%s): start no other process in it", self.folder,
+                          error.strerror)  # fmt: skip
 
     def _restore(self, state, args):
         if distributed.is_main():
@@ -156,6 +162,7 @@ class Run:
                 part.load_state_dict(kept)
             if unfinished is not None:
                 unfinished = {name: unfinished[name] for name in ("step", "seconds", "each")}
+                self.epoch_began -= unfinished["seconds"]
             _check_records(state["records"])
             generators = state["generators"]
             if len(generators) == distributed.world_size():
@@ -342,9 +349,24 @@ def _generators(device):
     numpy = np.random.get_state(legacy=False)
     numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    for name, (get, _) in _on_device(device).items():
+        state[name] = get()
     return state
+
+
+def _on_device(device):
+    """{name: (get, set) of its state} of the generators on the GPUs that this process uses."""
+    if device.type == "mps":
+        return {"mps": (torch.mps.get_rng_state, torch.mps.set_rng_state)}
+    if device.type != "cuda":
+        return {}
+    alone, one = distributed.world_size() == 1, functools.partial
+    indices = range(torch.cuda.device_count()) if alone else [device.index or 0]  # DataParallel
+    found = {f"cuda:{i}": i for i in indices if i != (device.index or 0)} | {"cuda": device}
+    return {
+        name: (one(torch.cuda.get_rng_state, i), one(torch.cuda.set_rng_state, device=i))
+        for name, i in found.items()
+    }
 
 
 def _set_generators(state, device):
@@ -353,8 +375,9 @@ def _set_generators(state, device):
     numpy["state"] = dict(numpy["state"], key=numpy["state"]["key"].numpy().astype(np.uint32))
     np.random.set_state(numpy)
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    for name, (_, put) in _on_device(device).items():
+        if name in state:
+            put(state[name])
 
 
 def _code():

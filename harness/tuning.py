@@ -61,6 +61,7 @@ def layout_seconds(network, images, args, device):
                 if turn >= 2:
                     seconds[name] = min(seconds[name], taken)
     network.layout = before
+    costs.forget(device)
     return seconds
 
 

@@ -122,7 +122,7 @@ def _evaluate(distances_of, query_ids, gallery_ids, query_cameras, gallery_camer
             matrix, query_ids[rows], gallery_ids, query_cameras[rows], gallery_cameras
         )
         counted = right.any(1)
-        kept, right = kept[counted], right[counted]
+        kept, right = kept[counted].cpu(), right[counted].cpu()  # MPS has no float64
         ranks = kept.cumsum(1)  # from 1, of the kept ones
         first.append(ranks.gather(1, right.int().argmax(1, keepdim=True)).squeeze(1))
         share = right.cumsum(1).double().div_(ranks).masked_fill_(~right, 0.0)
@@ -130,8 +130,8 @@ def _evaluate(distances_of, query_ids, gallery_ids, query_cameras, gallery_camer
     first, precision = torch.cat(first), torch.cat(precision)
     if not len(first):
         raise ValueError("no query has a match by another camera in the gallery: check the ids")
-    hits = first[:, None] <= torch.arange(1, max_rank + 1, device=first.device)  # (Q, max_rank)
-    cmc = hits.double().mean(0).cpu().numpy()
+    hits = first[:, None] <= torch.arange(1, max_rank + 1)  # (Q, max_rank)
+    cmc = hits.double().mean(0).numpy()
     return Retrieval(cmc, float(precision.mean()), len(first), len(query_ids) - len(first))
 
 

@@ -41,6 +41,8 @@ def pictures(folder):
     """{title: (what it shows, Figure)} of all that there is to draw of a run of TAS."""
     try:
         return _pictures(report.read(folder), folder)
+    except UserError:
+        raise
     except (ArithmeticError, LookupError, TypeError, ValueError):
         raise UserError(f"{folder} is damaged, in args.json or metrics.csv: mend it") from None
 

@@ -6,9 +6,11 @@ Exit code 0 where all went well, 1 where something failed, 2 where there is no C
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -57,14 +59,19 @@ def _run(command, cwd, log=None):
             process = subprocess.Popen(
                 command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 errors="replace", env=os.environ | {"PYTHONPATH": str(ROOT)},
+                start_new_session=True,
             )  # fmt: skip
-            until = time.monotonic() + 3600 * HOURS
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-                if time.monotonic() > until:
-                    process.kill()
-                    file.write(f"ended after {HOURS} hours\n")
+            # Of all its processes: one that waits for ever writes no line.
+            end = threading.Timer(3600 * HOURS, os.killpg, (process.pid, signal.SIGKILL))
+            end.start()
+            try:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    file.write(line)
+            finally:
+                end.cancel()
+            if process.wait() == -signal.SIGKILL:
+                file.write(f"killed, after {HOURS} hours perhaps\n")
         return subprocess.CompletedProcess(command, process.wait(), Path(log).read_text(), "")
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 127, str(error), str(error))

@@ -19,7 +19,7 @@ from utils import UserError
 
 # A script that does nothing for long: it makes its folder, and ends as it is told the first time.
 FAKE = """
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 words = dict(zip(sys.argv[1:], sys.argv[2:]))
 if "--resume" in words:
     folder = pathlib.Path(words["--resume"])
@@ -32,6 +32,10 @@ else:
 with open(folder / "calls", "a") as file:
     print(json.dumps(sys.argv[1:]), file=file)
 code = 0 if "--resume" in words else int(words.get("--code", 0))
+if "--parent" in words:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(int(words["--parent"]), signal.SIGTERM)
+    time.sleep(0.5)
 if code < 0:
     os.kill(os.getpid(), -code)
 elif code == 0:
@@ -83,6 +87,16 @@ def test_the_exit_code_is_passed_on(fake, code, end):
     with pytest.raises(SystemExit) as left:
         fake("a", "--code", code)
     assert left.value.code == end
+
+
+def test_a_signal_that_comes_too_late_for_a_script_ends_the_protocol(fake, tmp_path):
+    """Its run is finished then; the next is not begun."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        fake("a", "--parent", os.getpid())
+    assert left.value.code == 143 and (tmp_path / "eval-a-20260101-000000/weights.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert fake("a", "--parent", os.getpid()).name == "eval-a-20260101-000000"
 
 
 def test_what_a_user_caused_is_said_in_one_line(fake):

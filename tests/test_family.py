@@ -87,10 +87,9 @@ def test_an_architect_with_its_own_loss():
     difference = network.alphas_normal.grad - plain.alphas_normal.grad
     torch.testing.assert_close(difference, 200 * small().alphas_normal.detach(), atol=1e-4, rtol=0)
     assert torch.equal(network.betas_normal.grad, plain.betas_normal.grad)
-    torch.manual_seed(2)  # nothing of this step stays for the next
-    before = plain.alphas_normal.grad.clone()
+    network.alphas_normal.grad.fill_(1e6)  # nothing of a step stays for the next
     architecture_step(Penalized(network, ARGS))
-    assert (network.alphas_normal.grad - before).norm() < 2 * difference.norm()
+    assert network.alphas_normal.grad.abs().max() < 10
 
 
 def test_attributes_that_published_code_reads():
@@ -119,13 +118,14 @@ def test_what_is_frozen_stays(name, unrolled):
     before = copy.deepcopy(network.state_dict())
     for each in (network, free):
         architecture_step(Architect(each, ARGS), unrolled)
-    kept = getattr(network, name)
-    if torch.is_tensor(kept):
-        assert kept.grad is None and torch.equal(kept, before[name])
+    after = network.state_dict()
+    kept = [n for n in after if n.startswith(name) and not n.endswith(("_mean", "_var", "tracked"))]
+    assert kept and all(torch.equal(after[n], before[n]) for n in kept)
+    assert all(weight.grad is None for weight in network.stem.parameters())
     others = [n for n in ("alphas_normal", "alphas_reduce", "betas_normal") if n != name]
     for other in others:  # a frozen stem is no part of the unrolled step
         mine, its = getattr(network, other).grad, getattr(free, other).grad
-        assert torch.equal(mine, its) or (name == "stem" and unrolled)
+        assert torch.equal(mine, its) == (not (name == "stem" and unrolled))
 
 
 def test_nothing_to_learn_is_no_error():
@@ -213,7 +213,7 @@ def test_layers_of_discrete_networks_are_those_of_torch():
     assert len(convolutions) > 20 and {type(m) for m in convolutions} == {nn.Conv2d}
 
 
-def test_a_gradient_of_each_image():
+def test_each_image_by_itself():
     network = small().eval()
     each = torch.func.vmap(lambda image: network(image[None])[0])(X)
     torch.testing.assert_close(each, network(X), rtol=1e-4, atol=1e-5)
@@ -253,7 +253,10 @@ def arch_of(network):
 def test_statistics_are_not_taken_in_tf32():
     before = torch.backends.cudnn.allow_tf32
     with without_tf32(torch.device("cuda")):
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        if hasattr(torch.backends.cudnn, "conv"):
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        else:  # before torch 2.9
+            assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
     with without_tf32(torch.device("cpu")):
         assert torch.backends.cudnn.allow_tf32 == before

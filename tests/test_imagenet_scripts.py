@@ -132,16 +132,18 @@ def test_training_in_one_process_and_its_resume(cwd):
 
 
 def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
-    process = start(f"train_search_imagenet.py {SEARCH} --epochs 3 --sync_bn --save two", cwd, 2)
+    name = f"two-of-{os.getpid()}"  # which no other process on this machine has
+    command = f"train_search_imagenet.py {SEARCH} --epochs 3 --sync_bn --save {name}"
+    process = start(command, cwd, 2)
 
     def a_rank():
-        command = ["pgrep", "-nf", "--", "--save two"]  # the newest is none but a rank
+        command = ["pgrep", "-nf", "--", f"--save {name}"]  # the newest is none but a rank
         return int(subprocess.run(command, capture_output=True, text=True).stdout)
 
     output = kill_after(process, "epoch 2 of 3", a_rank)
     assert process.returncode == 1
     assert "another process of this job ended" in output or "Signal 9" in output
-    folder = only(cwd, "search-two-*")
+    folder = only(cwd, f"search-{name}-*")
     output = run(f"train_search_imagenet.py --resume {folder}", cwd, 3)
     assert len(re.findall("epoch 3 of 3", output)) == 1  # one process speaks
     assert "3 processes" in output and "resumed" in output
@@ -184,11 +186,17 @@ def test_training_under_torchrun_counts_every_image_once(cwd):
     assert len(state["generators"]) == 2 and state["epoch"] == 1
 
 
-def test_the_auxiliary_head_needs_224_pixels(cwd):
+@pytest.fixture(scope="module")
+def auxiliary(cwd):
+    """A training with an auxiliary head: (folder, output)."""
     flags = f"{TRAIN} --epochs 1 --auxiliary --input_size 224 --batch_size 29 --save auxiliary"
     flags += " --lr_scheduler cosine --amp --classes 10"
     output = run(f"train_imagenet.py {flags}", cwd)
-    folder = only(cwd, "eval-auxiliary-*")
+    return only(cwd, "eval-auxiliary-*"), output
+
+
+def test_the_auxiliary_head_needs_224_pixels(cwd, auxiliary):
+    folder, output = auxiliary
     assert weights(folder)["auxiliary_head.classifier.weight"].shape == (10, 768)
     assert "lr 0.50000" in output
     assert json.loads((folder / "args.json").read_text())["classes"] == ["cat", "dog", "owl"]
@@ -263,8 +271,8 @@ def _without(name):
         lambda state: state.update(format=99),
     ],
 )
-def test_checkpoints_that_do_not_fit(cwd, tmp_path, monkeypatch, change):
-    folder = only(cwd, "eval-auxiliary-*")
+def test_checkpoints_that_do_not_fit(cwd, auxiliary, tmp_path, monkeypatch, change):
+    folder, _ = auxiliary
     shutil.copytree(folder, tmp_path / "run")
     state = weights(folder, "checkpoint.pt")
     change(state)
@@ -272,9 +280,9 @@ def test_checkpoints_that_do_not_fit(cwd, tmp_path, monkeypatch, change):
     assert "checkpoint.pt" in refused(tmp_path / "run", cwd, monkeypatch)
 
 
-def test_a_resume_with_other_data_or_arguments(cwd, tmp_path, monkeypatch):
+def test_a_resume_with_other_data_or_arguments(cwd, auxiliary, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    shutil.copytree(only(cwd, "eval-auxiliary-*"), folder)
+    shutil.copytree(auxiliary[0], folder)
     about = json.loads((folder / "args.json").read_text())
     for change, word in (
         ({"classes": ["ant", "bee", "owl"]}, "other classes"),

@@ -312,7 +312,7 @@ def test_memory_of_an_evaluation_does_not_grow_with_the_queries(queries):
     assert 8 * pairs < live.peak < 1.25 * memory < 64 * queries * G  # the matrix never is there
 
 
-def test_market_1501_is_evaluated_in_less_than_a_gigabyte():
+def test_market_1501_is_cut_into_pieces_of_less_than_half_a_gigabyte():
     rows = [r.stop - r.start for r in metrics.pieces(3368, 15913)]
     assert sum(rows) == 3368 and min(rows) > 0
     assert 1.25 * max(rows) * 15913 * metrics.PAIR_BYTES < 2**29

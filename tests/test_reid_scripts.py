@@ -231,6 +231,9 @@ def test_a_training_told_to_end_in_its_retrieval_goes_on_to_the_bit(whole, tmp_p
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     folder = only(tmp_path, "eval-in-it-*")
+    again = start(f"{told} --resume {folder}", tmp_path)  # in the same retrieval
+    output = again.communicate()[0]
+    assert again.returncode == 128 + signal.SIGTERM, output
     output = run(f"train_reid.py --resume {folder}", tmp_path)
     assert re.search(r"after epoch 1 of 3 and \d+ steps", output), output
     assert_same_end(only(whole, "eval-whole-*"), folder)

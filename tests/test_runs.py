@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import importlib
 import json
 import multiprocessing
@@ -507,13 +508,38 @@ def test_a_report_that_fails_does_not_end_a_run(tmp_path):
     assert each.epoch == 1 and said == ["no report.html: in matplotlib"]
 
 
+def small_args(**more):
+    return types.SimpleNamespace(**dict(epochs=1, report=None, save_every=1, resume=None, save="x",
+                                        seed=0, tensorboard=False) | more)  # fmt: skip
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runs.fcntl, "lockf", no_locks)
+    runs.Run("eval", small_args(), torch.device("cpu"), {}, classes=["a"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "no lock" in line]
+    assert "No locks available" in line and "start no other process in it" in line
+    assert only(tmp_path, "eval-x-*").is_dir()
+
+
+def test_a_resume_does_not_look_for_anomalies_unless_told(whole, monkeypatch):
+    import train
+
+    folder = only(whole, "eval-whole-*")
+    for flags, wanted in (("", False), (" --detect_anomaly", True)):
+        monkeypatch.setattr(sys, "argv", f"train.py --resume {folder}{flags}".split())
+        assert train.get_args().detect_anomaly == wanted
+
+
 def test_a_folder_is_a_run_when_all_that_it_began_with_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     cell = genotypes.PCDARTS
-    args = types.SimpleNamespace(epochs=1, report=None, save_every=1, resume=None, save="x", seed=0,
-                                 tensorboard=False)  # fmt: skip
-    seen = []
+    args, seen = small_args(), []
 
     def begin(folder):
         seen.extend(path.name for path in folder.iterdir())

@@ -49,6 +49,30 @@ def runs(tmp_path_factory):
     return folder, trained, search.stdout, train.stdout, test.stdout
 
 
+def test_accuracy_is_counted_by_hand():
+    """In per cent, of the target among the largest logits; the published argument order."""
+    logits = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.1, 0.3], [0.2, 0.3, 0.4], [3.0, 2.0, 1.0]])
+    top1, top2 = utils.accuracy(logits, torch.tensor([1, 2, 0, 2]), topk=(1, 2))
+    assert (float(top1), float(top2)) == (25, 50)
+    assert float(utils.accuracy(logits, torch.tensor([1, 0, 2, 0]))[0]) == 100
+
+
+def test_what_set_seed_sets():
+    kept = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    try:
+        utils.set_seed(3)
+        first = torch.rand(2), np.random.rand()
+        assert torch.backends.cudnn.benchmark and not torch.is_anomaly_enabled()
+        utils.set_seed(3, deterministic=True, detect_anomaly=True)
+        assert torch.equal(first[0], torch.rand(2)) and first[1] == np.random.rand()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_anomaly_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(kept[0])
+        torch.backends.cudnn.benchmark = kept[1]
+        torch.autograd.set_detect_anomaly(False)
+
+
 def test_search_writes_its_run_folder(runs):
     folder, _, _, _, _ = runs
     names = {path.name for path in folder.iterdir()}

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import recipe
 import tas
 import tas_plain
-from tas import draw, found, shapes
+from tas import draw, found, loops, shapes
 from utils import UserError
 
 GOLDEN, _ = recipe.golden("tas", "tas")
@@ -45,8 +46,38 @@ def golden_batch():
     return recipe.batch(*(CONFIG["seed"], "train0", CONFIG["n"], CONFIG["size"], CONFIG["classes"]))
 
 
-def close(actual, expected, tolerance=1e-8):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+def close(actual, expected, tolerance=1e-9):
+    """Relative to the largest value."""
+    largest = float(torch.as_tensor(expected).detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
+
+
+class Batches(list):
+    device = torch.device("cpu")
+
+
+def test_a_step_moves_the_weights_on_one_half_then_the_attentions_on_the_other(monkeypatch):
+    network, events = tas.SearchNetwork(8, 3), []
+    search = tas.SearchNetwork.search
+
+    def seen(self, x, tau):
+        events.append(float(x[0, 0, 0, 0]))
+        return search(self, x, tau)
+
+    monkeypatch.setattr(tas.SearchNetwork, "search", seen)
+    optimizers = [
+        torch.optim.SGD(tensors, 0.1) for tensors in (network.weights(), network.arch_parameters())
+    ]
+    for optimizer, name in zip(optimizers, ("weights", "attentions"), strict=True):
+        optimizer.register_step_pre_hook(lambda *_, name=name: events.append(name))
+    halves = [Batches([(torch.full((2, 3, 8, 8), half), torch.tensor([0, 1]))] * 2)
+              for half in (1.0, 2.0)]  # fmt: skip
+    args = SimpleNamespace(amp=False, grad_clip=None, flop_ratio=0.5, flop_weight=2.0,
+                           tolerance=0.05, report_freq=9)  # fmt: skip
+    run = SimpleNamespace(log=SimpleNamespace(info=lambda *_: None), unfinished=None, epoch=0,
+                          step=lambda figures: None)  # fmt: skip
+    loops.search_epoch(halves[0], iter(halves[1]), network, *optimizers, 1.0, 5.0, args, run)
+    assert events == [1.0, "weights", 2.0, "attentions"] * 2
 
 
 def random_sample(network, seed):

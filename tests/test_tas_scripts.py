@@ -124,7 +124,7 @@ def test_a_search_records_every_epoch(made):
         assert words in output
 
 
-def test_a_search_moves_weights_and_attentions_on_their_halves(made):
+def test_a_search_moves_weights_and_attentions(made):
     torch.manual_seed(0)  # the default of --seed
     fresh = tas.SearchNetwork(8, 10)
     moved = weights(made["search"])["width_attentions"] - fresh.width_attentions.detach()

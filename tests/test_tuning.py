@@ -19,7 +19,10 @@ from model import NetworkCIFAR
 from utils import UserError
 
 CPU, LOG = torch.device("cpu"), logging.getLogger("test_tuning")
-ARGS = SimpleNamespace(amp=False, auxiliary=True, auxiliary_weight=0.4, layout="auto", resume=None)
+ARGS = SimpleNamespace(
+    amp=False, auxiliary=True, auxiliary_weight=0.4, layout="auto", resume=None, device=None,
+    gpu=None,
+)  # fmt: skip
 SMALL = genotypes.Genotype(
     normal=[("sep_conv_3x3", 0), ("skip_connect", 1), ("dil_conv_5x5", 1), ("max_pool_3x3", 2)],
     normal_concat=[2, 3], reduce=[("skip_connect", 0), ("sep_conv_5x5", 1)], reduce_concat=[2],
@@ -161,9 +164,8 @@ def test_compile_and_synchronized_norms_are_refused(tmp_path):
 
 def test_compile_and_several_gpus_in_one_process_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    args = SimpleNamespace(**vars(ARGS), device=None, gpu=None)
     with pytest.raises(UserError, match="torchrun"):
-        tuning.compile_cells(build(), (4, 32), args, torch.device("cuda"), LOG)
+        tuning.compile_cells(build(), (4, 32), ARGS, torch.device("cuda"), LOG)
 
 
 def weights(folder):

@@ -1,6 +1,7 @@
 """The experiments around the method: variants, what is watched, random cells, costs, export."""
 
 import collections
+import csv
 import itertools
 import json
 import math
@@ -21,7 +22,8 @@ import model
 import model_search
 import train_search
 from architect import Architect
-from harness import analysis, files
+from fused import Gradients
+from harness import analysis, costs, files, loops
 from helpers import copy_code, warm_python
 from test_model_search import assert_equal, batch, close, gradients, twins
 
@@ -77,6 +79,30 @@ def test_random_channels_are_put_back_in_their_places(k):
 
 
 def test_each_step_of_a_search_draws_other_channels():
+    network, orders = model_search.Network(8, 3, 3, nn.CrossEntropyLoss(), sampling="random"), []
+    cell = network.cells[0]
+    cell.register_forward_pre_hook(lambda *_: orders.append(tuple(cell.channel_order.tolist())))
+    images, labels = batch(2, (8, 8), 3, seed=0)
+    loader = Batches([(images.float(), labels)] * 8)
+    args = SimpleNamespace(
+        momentum=0.9, weight_decay=0.0, arch_learning_rate=1e-3, arch_weight_decay=0.0,
+        unrolled=False, grad_clip=5.0, report_freq=100,
+    )  # fmt: skip
+    log = SimpleNamespace(info=lambda *_: None)
+    run = SimpleNamespace(log=log, unfinished=None, epoch=0, step=lambda figures: None)
+    optimizer = torch.optim.SGD(network.weights(), 0.1)
+    gradients = Gradients(network, nn.CrossEntropyLoss())
+    architect, valid = Architect(network, args), iter(loader)
+    loops.search_epoch(loader, valid, network, gradients, architect, optimizer, args, False, run)
+    assert len(orders) == 16 and orders[::2] == orders[1::2]  # one draw for both halves of a step
+    assert len(set(orders)) > 4
+
+
+class Batches(list):
+    device = torch.device("cpu")
+
+
+def test_a_draw_takes_all_channels_alike():
     torch.manual_seed(0)
     network = model_search.Network(16, 3, 3, None, sampling="random")
     drawn, counts = set(), collections.Counter()
@@ -125,7 +151,7 @@ def exact():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_second_order_of_a_supernet_nears_exact_autograd(exact, momentum):
-    """With momentum and its buffers, weight decay, and running statistics that stay."""
+    """With momentum and its buffers, and weight decay."""
     weights, arch = list(exact.parameters()), exact.arch_parameters()
     optimizer = torch.optim.SGD(weights, 0.1, momentum, weight_decay=3e-4)
     train, valid = batch(4, (8, 8), 3, seed=1), batch(4, (8, 8), 3, seed=2)
@@ -142,7 +168,6 @@ def test_second_order_of_a_supernet_nears_exact_autograd(exact, momentum):
     args = SimpleNamespace(momentum=momentum, weight_decay=3e-4, arch_learning_rate=1e-3,
                            arch_weight_decay=0.0)  # fmt: skip
     architect, errors = Architect(exact, args), []
-    before = {name: b.clone() for name, b in exact.named_buffers() if "running" in name}
     for step in (1e-3, 1e-4, 1e-5):  # beyond, the kinks of ReLU and max pool are what is seen
         architect.STEP = step
         architect.backward(*train, *valid, 0.1, optimizer, True)
@@ -151,7 +176,6 @@ def test_second_order_of_a_supernet_nears_exact_autograd(exact, momentum):
             float(sum(o.square().sum() for o in off) / sum(w.square().sum() for w in wanted)) ** 0.5
         )
     assert errors[2] < 1e-5 and errors[2] < errors[1] < errors[0]
-    assert before.keys() == {n for n, _ in exact.named_buffers() if "running" in n}
 
 
 def test_eigenvalue_is_that_of_the_exact_hessian(exact):
@@ -292,8 +316,8 @@ def test_darts_sets_exactly_these():
 
 def test_a_space_of_ones_own_goes_through_search_and_training(tmp_path):
     space = "none,skip_connect,sep_conv_7x7"
-    flags = f"8 --begin 0 --primitives {space} --steps 2 --sampling random --eigenvalue 1"
-    flags += " --max_skip 1 --stem imagenet --input_size 32 --unrolled"
+    flags = f"8 --begin 0 --primitives {space} --steps 2 --sampling random --eigenvalue 2"
+    flags += " --max_skip 1 --stem imagenet --input_size 32 --unrolled --epochs 2 --validate"
     out = run(f"train_search.py {TINY} {flags}", tmp_path)
     assert "largest eigenvalue" in out and "in proportion --learning_rate is" in out
     assert "images of a class: " in out
@@ -301,7 +325,9 @@ def test_a_space_of_ones_own_goes_through_search_and_training(tmp_path):
     found = json.loads((folder / "genotype.json").read_text())
     assert found["primitives"] == space.split(",") and len(found["normal"]) == 4
     assert {op for op, _ in found["normal"]} <= {"skip_connect", "sep_conv_7x7"}
-    assert "eigenvalue" in (folder / "metrics.csv").read_text()
+    first, second = csv.DictReader((folder / "metrics.csv").open())
+    assert not math.isfinite(float(first["eigenvalue"])) and float(second["eigenvalue"]) != 0
+    assert 0 <= float(first["valid_top1"]) <= 100 and float(second["valid_loss"]) > 0
     out = run(f"train.py --arch {folder} {TINY} 4 --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2", tmp_path)
     [trained] = tmp_path.glob("eval-*")
     about = json.loads((trained / "args.json").read_text())
@@ -401,6 +427,12 @@ def test_odd_images_in_a_folder(tmp_path):
 
 
 # --- costs and export ---
+
+
+def test_what_is_kept_is_that_of_an_image():
+    """The image for the weight gradient of the convolution, its output for that of the ReLU."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.ReLU())
+    assert costs.kept_per_image(network, 8) == 4 * (3 + 4) * 8 * 8
 
 
 def test_costs_before_a_run():

@@ -292,6 +292,13 @@ def test_runs_on_other_images_are_no_row_and_one_run_is_one(tmp_path):
     assert "| t | 2 |" in done.stdout
 
 
+def test_what_is_not_damaged_is_not_called_so(tmp_path):
+    for what in (["Nothing"], ["PCDARTS", "--out", "/proc/nowhere"]):
+        done = run(*what, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "damaged" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
