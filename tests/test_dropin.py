@@ -371,6 +371,30 @@ def test_an_edited_mixed_operation_is_what_runs(edited, monkeypatch, said):
     assert "\n" not in record.getMessage()
 
 
+def test_a_cell_that_was_changed_says_so_once(said):
+    fused.cell.warn_once.cache_clear()
+    network = build()
+    network.cells[1]._ops[0].register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        network(torch.randn(2, 3, 8, 8).double())
+    [record] = said.records
+    words = "cells of the supernet run as model_search.py has them: hooks, or a function, of one"
+    assert record.getMessage() == f"{words} MixedOp"
+
+
+def test_gradients_in_batches_are_refused():
+    """Of the fast form; the plain one has them."""
+
+    def batched(network):
+        loss = network(torch.randn(2, 3, 8, 8).double()).sum()
+        given = torch.ones(2, dtype=torch.float64)
+        return torch.autograd.grad(loss, network.alphas_normal, given, is_grads_batched=True)[0]
+
+    assert batched(build(fused=False)).shape == (2, 14, 8)
+    with pytest.raises(RuntimeError):
+        batched(build())
+
+
 def test_a_class_without_a_text_is_what_runs(monkeypatch):
     """As of `python -` and exec."""
     names = {"MixedOp": model_search.MixedOp}

@@ -240,10 +240,10 @@ def test_gradients_in_bfloat16(seed):
     exact = gradients(small(fused=False), x)
     for fused in (True, False):
         error = (gradients(small(fused), x, amp=True) - exact).norm() / exact.norm()
-        assert error < 0.5, (fused, error)
+        assert error < 0.15, (fused, error)  # 0.03 to 0.07
     low = small().bfloat16()
     assert low.cells[0].is_fast() and not low.cells[0]._fits(*arch_of(low))
-    assert (gradients(low, x.bfloat16()).float() - exact).norm() < 0.5 * exact.norm()
+    assert (gradients(low, x.bfloat16()).float() - exact).norm() < 0.15 * exact.norm()
 
 
 def arch_of(network):

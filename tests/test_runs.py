@@ -526,10 +526,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert only(tmp_path, "eval-x-*").is_dir()
 
 
-def test_a_resume_does_not_look_for_anomalies_unless_told(whole, monkeypatch):
+def test_a_resume_does_not_look_for_anomalies_unless_told(whole, tmp_path, monkeypatch):
     import train
 
-    folder = only(whole, "eval-whole-*")
+    about = json.loads((only(whole, "eval-whole-*") / "args.json").read_text())
+    about["args"]["detect_anomaly"] = True
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(about))
     for flags, wanted in (("", False), (" --detect_anomaly", True)):
         monkeypatch.setattr(sys, "argv", f"train.py --resume {folder}{flags}".split())
         assert train.get_args().detect_anomaly == wanted
