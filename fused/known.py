@@ -2,7 +2,7 @@
 
 Two small cells cannot show a change that matters only at other sizes or precisions, rarely, or
 outside the output. So a class with another text, or a module with something changed, runs as it is.
-`python -m fused.known` prints the digests anew, for when the fast form has followed a change.
+`python -m fused` prints the digests anew, for when the fast form has followed a change.
 """
 
 import functools
@@ -180,12 +180,3 @@ def fresh(kind, *sizes):
         if kind is nn.BatchNorm2d:
             return signature(nn.BatchNorm2d(*sizes, affine=False))
         return signature(Zero(*sizes) if kind is Zero else Identity())
-
-
-if __name__ == "__main__":
-    import model_search
-    import operations
-
-    names = "ReLUConvBN FactorizedReduce SepConv DilConv Identity Zero".split()
-    for c in (model_search.MixedOp, model_search.Cell, *(getattr(operations, n) for n in names)):
-        print(f'    "{c.__name__}": "{digest(c)}",')

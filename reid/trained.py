@@ -8,6 +8,7 @@ import utils
 from harness import files
 from operations import OPS
 
+from .flags import whole_numbers
 from .model import RESNETS, ReIDNetwork, ResNet, check_size
 
 
@@ -16,7 +17,7 @@ def build(arch, genotype, classes, args, images=2):
 
     args: init_channels, layers (2,2,2,2), embedding, height, width. images: the fewest in a step.
     """
-    layers = tuple(int(number) for number in args["layers"].split(","))
+    layers = whole_numbers(args["layers"])
     with utils.user_errors(ValueError):
         if arch in RESNETS:
             network = ResNet(arch, classes, args["embedding"])

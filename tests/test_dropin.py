@@ -395,6 +395,13 @@ def test_gradients_in_batches_are_refused():
         batched(build())
 
 
+def test_the_digests_are_printed_anew():
+    command = [*warm_python(), "-m", "fused"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads("{" + done.stdout.rstrip(",\n") + "}") == known.WRITTEN_FOR
+    assert not done.stderr
+
+
 def test_a_class_without_a_text_is_what_runs(monkeypatch):
     """As of `python -` and exec."""
     names = {"MixedOp": model_search.MixedOp}

@@ -103,13 +103,14 @@ def run():
     if sys.argv[0] == "-u":
         sys.argv.pop(0)
         sys.stdout.reconfigure(write_through=True)
-    if sys.argv[0] == "-m":
+    module = sys.argv[0] == "-m"
+    beside = os.getcwd() if module else os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:1] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if module:
         sys.argv.pop(0)
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        return
-    beside = os.path.dirname(os.path.abspath(sys.argv[0]))
-    sys.path[:1] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def leave(code):
