@@ -68,6 +68,9 @@ def _run(command, cwd, log=None):
                 for line in process.stdout:
                     print(line, end="", flush=True)
                     file.write(line)
+            except KeyboardInterrupt:  # which a session of its own does not get
+                os.killpg(process.pid, signal.SIGINT)
+                raise
             finally:
                 end.cancel()
             if process.wait() == -signal.SIGKILL:

@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from inspect import signature
 from types import SimpleNamespace
 
@@ -1016,6 +1017,16 @@ def test_the_report_has_figures_and_failures(tmp_path, monkeypatch):
 
     code, text = report(tmp_path, good, monkeypatch)
     assert code == 0 and "epoch 2 of 2" in text and "Nothing failed" in text
+
+
+def test_a_part_that_waits_for_ever_is_ended_with_its_processes(tmp_path, monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.setattr(gpu, "HOURS", 1 / 3600)
+    start, waits = time.monotonic(), "sleep 50 & wait"
+    done = gpu._run(["bash", "-c", waits], tmp_path, tmp_path / "log")
+    assert done.returncode == -signal.SIGKILL and "killed" in done.stdout
+    assert time.monotonic() - start < 40
 
 
 def test_what_make_gpu_runs(tmp_path):
