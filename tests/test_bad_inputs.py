@@ -527,7 +527,7 @@ def test_a_read_only_folder(place, script, flags):
             path.chmod(0o555 if path.is_dir() else 0o444)
         done = subprocess.run(
             [sys.executable, ROOT / script, *flags], cwd=place, capture_output=True, text=True,
-            preexec_fn=drop, timeout=20,
+            preexec_fn=drop, timeout=120,
         )  # fmt: skip
     finally:
         for path, mode in zip(files, modes, strict=True):
