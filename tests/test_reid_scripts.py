@@ -137,7 +137,8 @@ def test_a_resnet_to_compare_with(whole, tmp_path):
         assert "is of" in output and output.count("\n") == 1, output
 
 
-@pytest.mark.parametrize("kind", ["cells", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cells", "resnet"])
 def test_a_network_is_exported(whole, tmp_path, kind):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
