@@ -3,10 +3,8 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -21,7 +19,7 @@ import torch
 
 import genotypes
 import utils
-from harness import distributed, drawing, files, flags, older, report, script
+from harness import distributed, drawing, files, flags, generators, older, report, script
 from harness.files import FORMAT
 from operations import OPS
 from utils import UserError
@@ -164,9 +162,9 @@ class Run:
                 unfinished = {name: unfinished[name] for name in ("step", "seconds", "each")}
                 self.epoch_began -= unfinished["seconds"]
             _check_records(state["records"])
-            generators = state["generators"]
-            if len(generators) == distributed.world_size():
-                _set_generators(generators[distributed.rank()], self.device)
+            states = state["generators"]
+            if len(states) == distributed.world_size():
+                generators.restore(states[distributed.rank()], self.device)
             else:
                 torch.manual_seed(args.seed + 1000 * epoch + distributed.rank())
         except UserError:
@@ -271,13 +269,13 @@ class Run:
     def save(self):
         """Writes the checkpoint; the one before stays beside it."""
         unfinished = None if self.figures is None else self.figures.state_dict()
-        generators = distributed.gather(_generators(self.device))
+        states = distributed.gather(generators.state(self.device))
         self.saved_at = time.monotonic()
         if not distributed.is_main():
             return
         state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "args": self.args}
         state |= {"genotype": self.genotype, "epoch": self.epoch, "unfinished": unfinished}
-        state |= {"values": self.values, "generators": generators}
+        state |= {"values": self.values, "generators": states}
         state["records"] = {name: path.read_text() for name in RECORDS
                             if (path := self.folder / name).exists()}  # fmt: skip
         state |= {name: part.state_dict() for name, part in self.parts.items()}
@@ -342,42 +340,6 @@ def _write_records(folder, records):
             files.write(folder / name, records[name].encode())
         else:
             (folder / name).unlink(missing_ok=True)
-
-
-def _generators(device):
-    """The state of every random number generator of this process."""
-    numpy = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
-    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    for name, (get, _) in _on_device(device).items():
-        state[name] = get()
-    return state
-
-
-def _on_device(device):
-    """{name: (get, set) of its state} of the generators on the GPUs that this process uses."""
-    if device.type == "mps":
-        return {"mps": (torch.mps.get_rng_state, torch.mps.set_rng_state)}
-    if device.type != "cuda":
-        return {}
-    alone, one = distributed.world_size() == 1, functools.partial
-    indices = range(torch.cuda.device_count()) if alone else [device.index or 0]  # DataParallel
-    found = {f"cuda:{i}": i for i in indices if i != (device.index or 0)} | {"cuda": device}
-    return {
-        name: (one(torch.cuda.get_rng_state, i), one(torch.cuda.set_rng_state, device=i))
-        for name, i in found.items()
-    }
-
-
-def _set_generators(state, device):
-    random.setstate(state["python"])
-    numpy = dict(state["numpy"])
-    numpy["state"] = dict(numpy["state"], key=numpy["state"]["key"].numpy().astype(np.uint32))
-    np.random.set_state(numpy)
-    torch.set_rng_state(state["torch"])
-    for name, (_, put) in _on_device(device).items():
-        if name in state:
-            put(state[name])
 
 
 def _code():

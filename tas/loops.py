@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness import costs, distributed
+from harness import costs, distributed, generators
 from harness.loops import Figures
 from tas import losses
 
@@ -90,12 +90,8 @@ def check_same(model, device):
 
 
 def _generators(device):
-    """(get, set) of the states of the generators that a search on `device` draws from."""
-    pairs = [(torch.get_rng_state, torch.set_rng_state)]
-    if device.type == "cuda":
-        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-        pairs.append((lambda: get(device), lambda state: put(state, device)))
-    return pairs
+    """[(get, set)] of the states of the generators that a search on `device` draws from."""
+    return [(torch.get_rng_state, torch.set_rng_state), *generators.on_device(device).values()]
 
 
 @torch.no_grad()

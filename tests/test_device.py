@@ -30,7 +30,7 @@ import recipe
 from architect import Architect, search_step
 from fused import Gradients
 from fused.norms import Moments, _Norm
-from harness import costs, distributed, flags, forms, runs
+from harness import costs, distributed, flags, forms, generators
 from helpers import ROOT
 from model_search import SAMPLINGS, Network
 from test_architect import CASES, NAMES
@@ -546,7 +546,7 @@ def bits(network):
 
 def numbers():
     """The states of the random number generators of this process."""
-    state = runs._generators(torch.device("cpu"))
+    state = generators.state(torch.device("cpu"))
     return [state["python"], state["numpy"]["state"]["key"].tolist(), state["torch"].tolist()]
 
 

@@ -22,7 +22,7 @@ import torch
 
 import genotypes
 import utils
-from harness import files, loops, runs, script
+from harness import files, generators, loops, runs, script
 from harness.loops import Figures
 from helpers import warm_python
 from test_bad_inputs import Hostile
@@ -511,6 +511,23 @@ def test_a_report_that_fails_does_not_end_a_run(tmp_path):
 def small_args(**more):
     return types.SimpleNamespace(**dict(epochs=1, report=None, save_every=1, resume=None, save="x",
                                         seed=0, tensorboard=False) | more)  # fmt: skip
+
+
+def test_the_generators_of_all_gpus_of_a_process(monkeypatch):
+    """Which DataParallel draws from; under torchrun each process has its own GPU alone."""
+    states, device = {0: 10, 1: 11, 2: 12}, torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda i: torch.tensor(states[i]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state",
+                        lambda state, device: states.update({device: int(state)}))  # fmt: skip
+    kept = generators.state(device)
+    drawn = torch.rand(2), random.random()
+    states.update({0: 0, 1: 0, 2: 0})
+    generators.restore(kept, device)
+    assert states == {0: 10, 1: 11, 2: 12} and int(kept["cuda"]) == 11
+    assert torch.equal(drawn[0], torch.rand(2)) and drawn[1] == random.random()
+    monkeypatch.setattr(generators.distributed, "world_size", lambda: 2)
+    assert [name for name in generators.state(device) if "cuda" in name] == ["cuda"]
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
