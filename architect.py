@@ -17,8 +17,9 @@ class Architect:
 
     model: has arch_parameters(), parameters() and _loss(input, target).
     args: momentum and weight_decay of the weights' SGD, arch_learning_rate, arch_weight_decay;
-    optional: unrolled, no_cuda_graph, arch_grad_clip (the largest norm of their gradient), amp (not
-    used if unrolled: the central difference would be lost in bfloat16).
+    optional: unrolled, no_cuda_graph (False: CUDA graphs, see fused.Gradients), arch_grad_clip (the
+    largest norm of their gradient), amp (not used if unrolled: the central difference would be lost
+    in bfloat16).
     """
 
     STEP = 0.01  # epsilon of eq. 8 is STEP / |v|: both sides are STEP away from w
@@ -34,7 +35,7 @@ class Architect:
             weight_decay=args.arch_weight_decay,
         )
         amp = getattr(args, "amp", False) and not getattr(args, "unrolled", False)
-        graphs = not getattr(args, "no_cuda_graph", False)
+        graphs = not getattr(args, "no_cuda_graph", True)
         self.gradients = Gradients(model, amp=amp, graphs=graphs)
 
     def step(
@@ -81,18 +82,18 @@ class Architect:
         weights = _learning(self._others(self.model.parameters()))
         w = [weight.detach().clone() for weight in weights]
         # As published, the passes at w and w +- R v move the running statistics, that at w' not.
-        gradient = self._gradient(weights, *train)
+        grads = self._gradient(weights, *train)  # of L_train(w, alpha) in w
         ahead = []  # w'
-        for weight, value, g in zip(weights, w, gradient, strict=True):
+        for weight, value, g in zip(weights, w, grads, strict=True):
             buffer = network_optimizer.state.get(weight, {}).get("momentum_buffer")
             moment = 0 if buffer is None else self.network_momentum * buffer
             ahead.append(value - eta * (moment + g + self.network_weight_decay * value))
 
         with self._moved(weights, ahead, w), self._buffers_kept():
-            gradient = self._gradient([*arch, *weights], *valid)
-        at_ahead, v = gradient[: len(arch)], gradient[len(arch) :]
+            grads = self._gradient([*arch, *weights], *valid)  # of L_val(w', alpha)
+        at_ahead, v = grads[: len(arch)], grads[len(arch) :]  # in alpha, in w'
 
-        R = self.STEP / _concat(v).norm()  # epsilon of eq. 8; v: gradient in w' of L_val(w', alpha)
+        R = self.STEP / _concat(v).norm().clamp_min(1e-30)  # epsilon of eq. 8; v may be 0
         sides = []
         for sign in (1, -1):
             there = [value + sign * R * g for value, g in zip(w, v, strict=True)]
@@ -115,7 +116,7 @@ class Architect:
 
     @contextmanager
     def _moved(self, weights, there, back):
-        """Within it the model's weights are `there`; after it `back`, to the bit (difference 6)."""
+        """Within it the weights are `there`; then `back`, to the bit (docs/differences.md, 6)."""
         try:
             copy_into(there, weights)
             yield

@@ -292,20 +292,21 @@ def _check_cell(cell, edges, concat, ops):
         if ops and op not in ops:
             hint = f"{_nearest(op, ops)} (known: {', '.join(ops)})"
             raise GenotypeError(f"{where}: unknown op {_short(op)}{hint}")
-        if isinstance(node, numbers.Integral) and not isinstance(node, int):
-            raise GenotypeError(
-                f"{where}: input {node} is of type {type(node).__name__}; give an int"
-            )
-        if type(node) is not int or not 0 <= node <= newest:
+        if not _is_whole(node) or not 0 <= node <= newest:
             hint = f"node {newest + 1} reads nodes of 0..{newest}"
             raise GenotypeError(f"{where}: input {_short(node)} does not exist; {hint}")
     nodes = f"nodes of 2..{newest + 1}, each once"
     if not isinstance(concat, (list, tuple, range)) or not concat:
         raise GenotypeError(f"{cell}_concat is {_short(concat)}; give a list of {nodes}")
     for i, node in enumerate(concat):  # ends at the first wrong node, however long a range is
-        if type(node) is not int or not 2 <= node <= newest + 1 or node in concat[:i]:
+        if not _is_whole(node) or not 2 <= node <= newest + 1 or node in concat[:i]:
             hint = f"does not exist or is listed twice; give {nodes}"
             raise GenotypeError(f"{cell}_concat: node {_short(node)} {hint}")
+
+
+def _is_whole(node):
+    """Whether it is a whole number, of Python or of NumPy."""
+    return isinstance(node, numbers.Integral) and not isinstance(node, bool)
 
 
 def _from_fields(fields, ops):
@@ -329,9 +330,12 @@ def _tidy(genotype):
     """The genotype in the normal form that `check` describes."""
     fields = []
     for edges, concat in (genotype[:2], genotype[2:]):
-        nodes = list(concat)
+        nodes = [int(node) for node in concat]
         run = range(nodes[0], nodes[0] + len(nodes))
-        fields += [[tuple(edge) for edge in edges], run if nodes == [*run] and run[1:] else nodes]
+        fields += [
+            [(op, int(node)) for op, node in edges],
+            run if nodes == [*run] and run[1:] else nodes,
+        ]
     return Genotype(*fields)
 
 

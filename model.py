@@ -149,15 +149,15 @@ class DiscreteNetwork(nn.Module):
     drop_path_prob is an attribute to be set before each epoch.
     layout: the memory format of all maps; None: channels_last on a CPU, where it is 1.4 to 1.7
     times as fast, and that of the images elsewhere.
-    Raises ValueError for fewer than 3 layers, GenotypeError (a ValueError) where `check` does.
+    Raises ValueError where there is no layer, GenotypeError (a ValueError) where `check` does.
     """
 
     layout = None
 
     def __init__(self, C, num_classes, layers, auxiliary, genotype, stem, C_stem, head):
         super().__init__()
-        if layers < 3:
-            raise ValueError(f"layers={layers}: two cells reduce, so it takes 3 or more")
+        if layers < 1:
+            raise ValueError(f"layers={layers}: give 1 cell or more")
         genotype = genotypes.check(genotype, OPS)
         self.drop_path_prob = 0.0
         for name, module in operations.stem(stem, C_stem).items():

@@ -120,8 +120,8 @@ class Network(nn.Module):
     then keeps less for the backward pass and computes it again.
     alphas and betas are buffers that require a gradient: they are in the state dict and move with
     the network, but `parameters()` are the weights alone.
-    Raises ValueError where C / k is no even number, for fewer than 3 layers, and where an
-    argument is unknown.
+    Raises ValueError where C / k is no even number, where there is no layer, and where an argument
+    is unknown.
     """
 
     def __init__(
@@ -130,39 +130,25 @@ class Network(nn.Module):
         reductions=None, fused=True,
     ):  # fmt: skip
         super().__init__()
-        if k < 1 or C < 1 or C % k or (C // k) % 2:
-            raise ValueError(f"C / k must be a whole, even number of channels, not {C} / {k}")
-        if layers < 3 and reductions is None:
-            raise ValueError(f"layers={layers}: two of them reduce, so it takes 3 or more")
-        if not 1 <= multiplier <= steps:
-            raise ValueError(f"multiplier={multiplier}: a cell outputs 1 to steps={steps} nodes")
-        if stem not in STEMS:
-            raise ValueError(f"stem={stem!r}: give one of {', '.join(STEMS)}")
-        if sampling not in SAMPLINGS:
-            raise ValueError(f"sampling={sampling!r}: give one of {', '.join(SAMPLINGS)}")
-        unknown = [name for name in primitives or () if name not in OPS]
-        if unknown:
-            raise ValueError(f"unknown operation {unknown[0]!r}: give some of {', '.join(OPS)}")
-        if recompute and not fused:
-            raise ValueError("recompute is of the fast form: give fused=True, or leave it out")
-        self.primitives = list(primitives or PRIMITIVES)
         if reductions is None:
             reductions = (layers // 3, 2 * layers // 3)
+        self.primitives = list(primitives or PRIMITIVES)
         self._arguments = dict(
             C=C, num_classes=num_classes, layers=layers, criterion=criterion, steps=steps,
             multiplier=multiplier, stem_multiplier=stem_multiplier, k=k, edge_norm=edge_norm,
             stem=stem, recompute=recompute, sampling=sampling, primitives=self.primitives,
             reductions=reductions, fused=fused,
         )  # fmt: skip
-        self._C, self._num_classes, self._layers = C, num_classes, layers
+        _check(**self._arguments)
+        self._C, self._num_classes, self._layers = C, num_classes, layers  # for scripts of others
         self._criterion, self._steps, self._multiplier = criterion, steps, multiplier
         self.edge_norm = edge_norm
 
         variant = dict(k=k, sampling=sampling, primitives=self.primitives)
-        self.why_plain = "fused=False"
+        self.why_plain = None  # why the fast form was wanted and is not taken
         if fused:
             self.why_plain = difference_from_fast(C, steps, multiplier, variant)
-        self.fused = self.why_plain is None
+        self.fused = fused and self.why_plain is None
         make_cell = functools.partial(FastCell if self.fused else Cell, steps, multiplier)
         self.layout = None  # memory format of the maps; None: channels_last in the fast form
 
@@ -207,13 +193,20 @@ class Network(nn.Module):
             s1 = self.stem1(s0)
         else:
             s0 = s1 = self.stem(x)
-        weights = {kind: getattr(self, f"alphas_{kind}").softmax(-1) for kind in KINDS}
+        weights = {kind: self.op_weights(kind) for kind in KINDS}
         betas = {kind: self.edge_weights(kind) for kind in KINDS}
         with sharing():  # fast cells compute once what several of them need
             for cell in self.cells:
                 kind = "reduce" if cell.reduction else "normal"
                 s0, s1 = s1, cell(s0, s1, weights[kind], betas[kind])
         return self.global_pooling(s1).flatten(1)
+
+    def op_weights(self, kind):
+        """softmax(alpha) over the operations of each edge of the "normal" or "reduce" cell (eq. 2).
+
+        (E, ops), by target.
+        """
+        return getattr(self, f"alphas_{kind}").softmax(-1)
 
     def edge_weights(self, kind):
         """softmax(beta) over the edges of each node of the "normal" or "reduce" cell (eq. 3).
@@ -270,7 +263,7 @@ class Network(nn.Module):
         """
         cells = []
         for kind in KINDS:
-            alphas = getattr(self, f"alphas_{kind}").softmax(-1).cpu()  # (E, ops)
+            alphas = self.op_weights(kind).cpu()  # (E, ops), softmax(alpha)
             betas = self.edge_weights(kind).cpu()
             gene = self._derive(alphas * betas[:, None])
             while kind == "normal" and max_skip is not None:
@@ -343,6 +336,27 @@ class Network(nn.Module):
             getattr(self, name).requires_grad_(learns[name])  # `assign` replaces the tensor
             if prefix + name in missing:
                 missing.remove(prefix + name)
+
+
+def _check(
+    *, C, k, layers, steps, multiplier, stem, sampling, primitives, recompute, fused, **others
+):
+    """ValueError where the arguments of Network make none."""
+    if k < 1 or C < 1 or C % k or (C // k) % 2:
+        raise ValueError(f"C / k must be a whole, even number of channels, not {C} / {k}")
+    if layers < 1:
+        raise ValueError(f"layers={layers}: give 1 cell or more")
+    if not 1 <= multiplier <= steps:
+        raise ValueError(f"multiplier={multiplier}: a cell outputs 1 to steps={steps} nodes")
+    if stem not in STEMS:
+        raise ValueError(f"stem={stem!r}: give one of {', '.join(STEMS)}")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling={sampling!r}: give one of {', '.join(SAMPLINGS)}")
+    unknown = [name for name in primitives if name not in OPS]
+    if unknown:
+        raise ValueError(f"unknown operation {unknown[0]!r}: give some of {', '.join(OPS)}")
+    if recompute and not fused:
+        raise ValueError("recompute is of the fast form: give fused=True, or leave it out")
 
 
 def difference_from_fast(C, steps, multiplier, variant):

@@ -17,6 +17,7 @@ from model import build
 from operations import OPS
 from tas import found
 
+PUBLISHED = "PCDARTS"  # the published script's default
 # Flags of the run that made the weights: the defaults of this one.
 INHERITED = ("data", "set", "input_size", "init_channels", "layers", "stem", "auxiliary")
 
@@ -26,7 +27,10 @@ def get_args():
     flags.add_common_arguments(parser, batch_size=96, more_sets=", or imagenet")
     add = parser.add_argument
     add("--model_path", required=True, help="run folder, checkpoint or weights file")
-    add("--arch", help="name, genotype.json, run folder or text; None: beside the weights")
+    add(
+        "--arch",
+        help="name, genotype.json, run folder or text; None: beside the weights, else PCDARTS",
+    )
     add("--init_channels", type=flags.count, default=36, help="channels C of the first cell")
     add("--layers", type=flags.depth, default=20, help="cells")
     flags.add_stem_argument(parser)
@@ -71,14 +75,17 @@ def main(args):
         if args.arch is not None:
             raise utils.UserError(f"{path} is of a network of TAS, which is in its run: no --arch")
         network = found.load(str(folder)).network()
-    elif args.arch is None and not (folder / "genotype.json").exists():
-        raise utils.UserError(f"no genotype.json lies beside {path}: give --arch NAME")
-    else:
-        with utils.user_errors(genotypes.GenotypeError):
-            genotype = genotypes.load(args.arch or folder, OPS)
     device = distributed.alone(args)
     log = files.start_log()
     log.info(flags.describe(device))
+    if network is None:
+        of_run = (folder / "genotype.json").exists()
+        if args.arch is None and not of_run:
+            log.info(
+                "no genotype.json lies beside %s: taking %s; else give --arch", path, PUBLISHED
+            )
+        with utils.user_errors(genotypes.GenotypeError):
+            genotype = genotypes.load(args.arch or (folder if of_run else PUBLISHED), OPS)
     test, classes, size = test_images(args, about, device)
     if about.get("classes", classes) != classes:
         raise utils.UserError(f"{args.data} has other classes than {folder} learned: give its data")

@@ -67,7 +67,7 @@ def main(args):
     about = dict(classes=dataset.classes, images=data.digest(dataset))
     about |= dict(mean=dataset.mean, std=dataset.std)
     about |= dict(parameters_m=utils.count_parameters_in_MB(model), **layout)
-    run = Run("eval", args, device, parts, {"best": [-1.0, 0], "tested": {}}, genotype, **about)
+    run = Run("eval", args, device, parts, trainings.START, genotype, **about)
     if run.finished(args):
         return
     log = run.log

@@ -40,14 +40,14 @@ def main(args):
     classes = len(train_images.classes)
     if (args.classes or classes) < classes:
         raise utils.UserError(f"--classes {args.classes}: there are {classes} class folders")
-    loader = dict(batch_size=args.batch_size, device=device, workers=args.workers)
+    common = dict(batch_size=args.batch_size, device=device, workers=args.workers)
     train = imagenet.Loader(
         train_images.transformed(imagenet.train_transform(args.input_size, jitter=True)),
-        **loader, shuffle=True, seed=args.seed, what="training images",
+        **common, shuffle=True, seed=args.seed, what="training images",
     )  # fmt: skip
-    loader["batch_size"] = max(distributed.world_size(), min(args.batch_size, len(val_images)))
+    common["batch_size"] = max(distributed.world_size(), min(args.batch_size, len(val_images)))
     val = imagenet.Loader(
-        val_images.transformed(imagenet.test_transform(args.input_size)), **loader
+        val_images.transformed(imagenet.test_transform(args.input_size)), **common
     )
 
     with utils.user_errors(ValueError):
@@ -61,7 +61,8 @@ def main(args):
     ]
     network.to(device)
     images = distributed.on_one_device(args.batch_size, device, args), args.input_size
-    layout = tuning.choose_layout(network, images, args, device)  # before norms wait for others
+    # Before --sync_bn: the main process measures alone.
+    layout = tuning.choose_layout(network, images, args, device)
     if args.sync_bn:
         network = distributed.synchronized(network, device)
     model = distributed.wrap(network, device, args)
@@ -78,7 +79,7 @@ def main(args):
     about |= dict(mean=imagenet.MEAN, std=imagenet.STD)
     about |= dict(parameters_m=utils.count_parameters_in_MB(network), **layout)
     parts = {"model": network, "optimizer": optimizer, "loader": train}
-    run = Run("eval", args, device, parts, {"best": [-1.0, 0], "tested": {}}, genotype, **about)
+    run = Run("eval", args, device, parts, trainings.START, genotype, **about)
     if run.finished(args):
         return
     log = run.log

@@ -54,9 +54,11 @@ def main(args):
     dataset = data.load(args.set, args.data, args.input_size, args.mean, args.std)
     train_half, valid_half = data.halves(dataset.train, args.train_portion)
     common = dict(dataset=dataset, batch_size=args.batch_size, device=device)
-    search = dict(augment=True, shuffle=True, cutout_length=args.cutout_length * args.cutout)
-    train = data.Batches(train_half, **common, **search, seed=args.seed, what="training half")
-    valid = data.Batches(valid_half, **common, **search, seed=args.seed + 1, what="validation half")
+    augmented = dict(augment=True, shuffle=True, cutout_length=args.cutout_length * args.cutout)
+    train = data.Batches(train_half, **common, **augmented, seed=args.seed, what="training half")
+    valid = data.Batches(
+        valid_half, **common, **augmented, seed=args.seed + 1, what="validation half"
+    )
     held_out = data.Batches(valid_half, **common, what="validation half")
 
     criterion = nn.CrossEntropyLoss()

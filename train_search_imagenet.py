@@ -42,24 +42,24 @@ def main(args):
     split = args.split
     if args.resume and Path(args.resume, imagenet.SPLIT[0]).exists():
         split = args.resume  # its own lists
-    parts = imagenet.load_search(args.tmp_data_dir, split, args.seed)
+    halves = imagenet.load_search(args.tmp_data_dir, split, args.seed)
     crop = imagenet.train_transform(args.input_size, jitter=False)
     common = dict(batch_size=args.batch_size, device=device, workers=args.workers)
     augmented = dict(**common, shuffle=True)
     train = imagenet.Loader(
-        parts[0].transformed(crop), **augmented, seed=args.seed, what="images for the weights"
+        halves[0].transformed(crop), **augmented, seed=args.seed, what="images for the weights"
     )
     valid = imagenet.Loader(
-        parts[1].transformed(crop), **augmented, seed=args.seed + 1,
+        halves[1].transformed(crop), **augmented, seed=args.seed + 1,
         what="images for alphas and betas",
     )  # fmt: skip
     held_out = imagenet.Loader(
-        parts[1].transformed(imagenet.test_transform(args.input_size)), **common
+        halves[1].transformed(imagenet.test_transform(args.input_size)), **common
     )
 
     criterion = nn.CrossEntropyLoss()
     with utils.user_errors(ValueError):
-        model = searches.supernet(args, len(parts[0].classes), criterion, "imagenet")
+        model = searches.supernet(args, len(halves[0].classes), criterion, "imagenet")
         fewest = 2 if args.sync_bn else min(train.smallest(), valid.smallest())
         costs.check_size(model, args.input_size, fewest)
     shape = distributed.part(args.batch_size), args.input_size
@@ -79,19 +79,19 @@ def main(args):
     )
     architect.gradients = distributed.averaged(architect.gradients)
 
-    kept = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
-    kept |= {"loader": train, "valid_loader": valid}
-    about = dict(classes=parts[0].classes, images=imagenet.digest(*parts))
+    parts = {"model": model, "optimizer": optimizer, "architect": architect.optimizer}
+    parts |= {"loader": train, "valid_loader": valid}
+    about = dict(classes=halves[0].classes, images=imagenet.digest(*halves))
     about["primitives"] = model.primitives
-    run = Run("search", args, device, kept, begin=partial(imagenet.write_split, parts), **about)
+    run = Run("search", args, device, parts, begin=partial(imagenet.write_split, halves), **about)
     if run.finished(args):
         return
     folder, log = run.folder, run.log
     log.info(
         "%d classes; %d images (%d to %d of a class) for the weights, %d (%d to %d) for alphas "
         "and betas; note: %s",
-        len(parts[0].classes), len(parts[0]), *imagenet.counts(parts[0]),
-        len(parts[1]), *imagenet.counts(parts[1]), args.note,
+        len(halves[0].classes), len(halves[0]), *imagenet.counts(halves[0]),
+        len(halves[1]), *imagenet.counts(halves[1]), args.note,
     )  # fmt: skip
     gpus = torch.cuda.device_count()
     if gpus > 1 and distributed.world_size() == 1:

@@ -80,10 +80,10 @@ def main(args):
     optimizer = torch.optim.SGD(
         model.weights(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
     )
-    step = SimpleNamespace(
+    search_args = SimpleNamespace(
         **vars(args), unrolled=not args.first_order, arch_grad_clip=args.grad_clip
     )
-    architect = Architect(model, step)
+    architect = Architect(model, search_args)
     gradients = fused.Gradients(model, criterion, args.amp, not args.no_cuda_graph)
     gradients = distributed.averaged(gradients)
     architect.gradients = distributed.averaged(architect.gradients)
@@ -105,7 +105,7 @@ def main(args):
     for _ in range(run.epoch, args.epochs):
         lr = scheduler.get_last_lr()[0]
         figures = loops.search_epoch(
-            train, forever, model, gradients, architect, optimizer, step, False, run
+            train, forever, model, gradients, architect, optimizer, search_args, False, run
         )
         scheduler.step()
         distributed.check_equal(model.arch_parameters(), "alphas")

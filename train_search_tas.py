@@ -73,11 +73,11 @@ def main(args):
         least = smallest_ratio(args.depth, classes, args.search_depth, (size, size))
         unpruned = multiply_adds(args.depth, full_channels(args.depth), classes, None, (size, size))
     if args.flop_ratio < least:
+        hint = "" if args.search_depth else "; --search_depth reaches less"
         raise utils.UserError(
             f"--flop_ratio {args.flop_ratio} is below the smallest network of the search space: "
-            f"give {least + 5e-5:.4f} or more" + "; --search_depth reaches less"
-            * (not args.search_depth)
-        )  # fmt: skip
+            f"give {least + 5e-5:.4f} or more{hint}"
+        )
     model = SearchNetwork(args.depth, classes, args.search_depth).to(device)
     distributed.broadcast([*model.parameters(), *model.buffers()])
     optimizer = torch.optim.SGD(
@@ -116,7 +116,7 @@ def main(args):
         scheduler.step()
         tas_loops.check_same(model, device)
         distributed.broadcast(model.buffers())
-        report(run, args, {"learning_rate": lr, "tau": tau}, figures, model, unpruned, size)
+        report(run, args, lr, tau, figures, model, unpruned, size)
         run.epoch_done()
 
     network = found.describe(
@@ -133,7 +133,7 @@ def main(args):
 
 
 @torch.no_grad()
-def report(run, args, rates, figures, model, unpruned, size):
+def report(run, args, lr, tau, figures, model, unpruned, size):
     """What an epoch gave, in the log and the run's files; the widths are those after it."""
     channels, blocks = model.derive()
     expected = model.expected_multiply_adds((size, size)).item()
@@ -148,15 +148,15 @@ def report(run, args, rates, figures, model, unpruned, size):
         "epoch %d of %d: lr %.5f, tau %.3f, train loss %.4f, top-1 %.2f %%, multiply-adds %.3f M "
         "expected, %.3f M by argmax, target %.3f M, largest probabilities %.3f to %.3f, entropy "
         "%.3f, %.0f images/s, %.1f s, peak memory %.0f MiB",
-        run.epoch + 1, args.epochs, *rates.values(), figures["loss"], figures["top1"], expected,
+        run.epoch + 1, args.epochs, lr, tau, figures["loss"], figures["top1"], expected,
         actual, target, largest.min(), largest.max(), entropy, figures["images_per_second"],
         figures["seconds"], figures["memory_mib"],
     )  # fmt: skip
     depths = "" if blocks is None else f", blocks {blocks}"
     run.log.info("widths by argmax: %s%s", " ".join(map(str, channels)), depths)
     run.log.info("largest probabilities: %s", " ".join(f"{p:.3f}" for p in largest.tolist()))
-    row = {"epoch": run.epoch + 1, **rates, **figures, "expected_m": expected, "argmax_m": actual}
-    row |= {"target_m": target, "entropy": entropy}
+    row = {"epoch": run.epoch + 1, "learning_rate": lr, "tau": tau, **figures}
+    row |= {"expected_m": expected, "argmax_m": actual, "target_m": target, "entropy": entropy}
     row |= {"probability_min": largest.min().item(), "probability_mean": largest.mean().item()}
     widths = {"epoch": run.epoch + 1, "channels": channels, "blocks": blocks}
     names = ("softmax_widths", "softmax_depths")

@@ -75,7 +75,6 @@ def main(args):
     parts = {"model": pruned, "optimizer": optimizer, "scheduler": scheduler, "loader": train}
     about = dict(classes=dataset.classes, images=data.digest(dataset))
     about |= dict(mean=dataset.mean, std=dataset.std)
-    values = {"best": [-1.0, 0], "tested": {}}
     about |= dict(parameters_m=utils.count_parameters_in_MB(pruned))
 
     def begin(folder):
@@ -83,7 +82,10 @@ def main(args):
         if teacher is not None:
             found.keep(args.teacher, folder / "teacher")
 
-    run = Run("eval", args, device, parts, values, begin=begin, write_report=write_report, **about)
+    run = Run(
+        "eval", args, device, parts, trainings.START, begin=begin, write_report=write_report,
+        **about,
+    )  # fmt: skip
     if run.finished(args):
         return
     introduce(run.log, args, dataset, network, teacher)

@@ -25,7 +25,7 @@ def user_errors(*kinds):
 
 
 def set_seed(seed, deterministic=False, detect_anomaly=False):
-    """Seeds Python, NumPy and PyTorch.
+    """Seeds Python, NumPy and PyTorch; sets cuDNN's benchmark mode and anomaly detection.
 
     deterministic: PyTorch takes only algorithms that give the same bits every time.
     """
@@ -73,9 +73,14 @@ def count_parameters_in_MB(model):
     return sum(p.numel() for n, p in model.named_parameters() if "auxiliary" not in n) / 1e6
 
 
+def in_functorch():
+    """Whether this call is within torch.func, as its vmap or jvp."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def in_layout(x, layout):
     """x (N, C, H, W) in this memory format; as it is for None, and within torch.func.vmap."""
-    if layout is None or torch._C._functorch.peek_interpreter_stack() is not None:
+    if layout is None or in_functorch():
         return x
     return x.contiguous(memory_format=layout)
 

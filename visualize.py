@@ -90,13 +90,14 @@ def show(args):
 
 
 def plot(genotype, filename):
-    """Draws a cell, a list of (op, input) edges, to `filename`, a PDF where it has no suffix.
+    """Draws a cell, a list of (op, input) edges, to `filename`.pdf, or as its suffix says.
 
     The call of DARTS's scripts: plot(genotypes.DARTS.normal, "normal"). Every node is in the
     output. Returns the path; raises UserError where matplotlib is missing or it cannot be written.
     """
     path = Path(filename)
-    path = path if path.suffix else path.with_suffix(".pdf")
+    if path.suffix not in (".pdf", ".png", ".svg"):
+        path = path.with_name(path.name + ".pdf")
     nodes = range(2, 2 + len(genotype) // 2)
     return drawing.save(drawing.draw_cell(list(genotype), nodes), path)
 

@@ -33,6 +33,7 @@ from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise
 from fused.plan import Plan, constants
 from fused.pools import HalvedMax, WidePools
 from operations import ReLUConvBN
+from utils import in_functorch
 
 log = logging.getLogger("pc-darts")
 
@@ -68,19 +69,19 @@ def _sharing():
 def shared(make, key, *tensors):
     """make(), kept on the first of the tensors that it is made of, for the other cells.
 
-    On the tensor, so that it goes when the map goes. It is made anew for another forward or thread
-    (name), other partners (key), a tensor changed in place (version), and where gradients are
-    wanted that were not. What is written through `.data` changes no version: not within a forward.
+    On the tensor, so that it goes when the map goes. Made anew in another forward or thread, for
+    another key or other partners (by identity), after an in-place change of a tensor, and in
+    another grad mode. A write through `.data` is not seen.
     """
     if _scope.name is None or is_checkpointed():
         return make()
     versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    state = torch.is_grad_enabled(), versions  # compared by value, the key by identity
-    key = _scope.name, key, *tensors[1:]
-    before, its, made = getattr(tensors[0], "_fused", (None, key, None))
-    if state != before or any(a is not b for a, b in zip(key, its, strict=True)):
+    state = torch.is_grad_enabled(), versions  # compared by value, the rest by identity
+    same = _scope.name, key, *tensors[1:]
+    before, its, made = getattr(tensors[0], "_fused", (None, same, None))
+    if state != before or any(a is not b for a, b in zip(same, its, strict=True)):
         made = make()
-        tensors[0]._fused = state, key, made
+        tensors[0]._fused = state, same, made
         _scope.keepers.append(weakref.ref(tensors[0]))
     return made
 
@@ -96,7 +97,7 @@ def is_transformed(*tensors):
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_functorch()
         or torch.autograd.forward_ad._current_level >= 0
         or any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors)  # torch.fx, fakes
     )
@@ -206,7 +207,8 @@ class FastForward:
         kernels = plan.kernels()
         eye = identity(c, self._dtype(), s1.device)
         if self.training:
-            statistics = [Moments(self._fraction(s1), self.total)] * len(waves)
+            moments = Moments(self._fraction(s1), self.total)
+            statistics = [moments] * len(waves)  # the same: each wave adds its own
         else:
             statistics = plan.running(eye)
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
@@ -222,10 +224,10 @@ class FastForward:
             for o in kinds.others:
                 ops = [self._ops[e]._ops[o] for e in edges]
                 inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
-                outs = zip(coefficients[first : first + S * T, o], ops, inputs, strict=True)
-                outs = [weight * op(x) for weight, op, x in outs]
-                outs = sum(torch.cat(outs[s * T : s * T + T], 1) for s in range(S))
-                mixed = outs if mixed is None else mixed + outs
+                edges_of = zip(coefficients[first : first + S * T, o], ops, inputs, strict=True)
+                outs = [weight * op(part) for weight, op, part in edges_of]
+                total = sum(torch.cat(outs[s * T : s * T + T], 1) for s in range(S))
+                mixed = total if mixed is None else mixed + total
             if k > 1:
                 for (_, rest), row in zip(parts, betas[w], strict=True):
                     bypass = self._pass_by(bypass, rest, row, stride, channels_last)
@@ -236,7 +238,7 @@ class FastForward:
             states.append(self._node(node, passed, channels_last))
             sources = states[-1:]
         if self.training:
-            plan.follow(statistics[0], node.numel() // c)
+            plan.follow(moments, node.numel() // c)
         return torch.cat(states[-self._multiplier :], dim=1)
 
     def _mix(self, mixed, x, plan, w, kernels, mixture, statistics, eye):

@@ -25,7 +25,7 @@ def difference(paper, fast, C, edges, ops, reduction_prev):
         elsewhere = torch.get_default_device().type != "cpu"  # this mode costs a third of the time
         here = torch.device("cpu") if elsewhere else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), here, torch.enable_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed is of the GPUs, too
             cells = paper().double(), fast().double()
             plan = Plan(cells[1])
             why = unfamiliar(type(cells[0])) or plan.why

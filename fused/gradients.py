@@ -3,9 +3,12 @@
 import logging
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 
+from fused.snapshot import Snapshot
 from utils import copy_into
 
 log = logging.getLogger("pc-darts")
@@ -24,16 +27,20 @@ class Gradients:
     WARM_UP calls, and replayed from then on: one launch instead of thousands. The first replay is
     compared with the step run without it; where they differ beyond rounding, or there is no graph,
     a line of the log says so, and all goes on without (`graphs` is False then, `reason` says why).
-    Each size of batch has a graph of its own, also the last, short one of an epoch. amp: bfloat16
-    where autocast has it. Of a model with several outputs the last are the logits.
-    Without a criterion the loss is model._loss(input, target), and stands for the logits too.
+    Each size of batch has a graph of its own, also the last, short one of an epoch. A change of the
+    model (an attribute, a hook, a module, a tensor in another place) is seen before a replay, and
+    the step captured again; what else Python code reads, such as a global, is what it was at the
+    capture. amp: bfloat16 where autocast has it. Of a model with several outputs the last are the
+    logits. Without a criterion the loss is model._loss(input, target), and stands for the logits.
     """
 
     WARM_UP = 3
+    WORTH = 20  # replays that pay for a capture
 
     def __init__(self, model, criterion=None, amp=False, graphs=True):
         self.model, self.criterion, self.amp, self.graphs = model, criterion, amp, graphs
         self.calls, self.captured, self.stream, self.reason = {}, {}, None, None
+        self.warm_up = {}  # calls before a capture, where they are not WARM_UP
 
     def __call__(self, wanted, input, target, scale=1.0):
         """(loss, logits, gradients): those of scale * loss in the tensors `wanted`, a list."""
@@ -43,26 +50,51 @@ class Gradients:
         # A graph reads the memory of its capture, which a tensor leaves that is moved by `to`.
         places = tuple((id(tensor), tensor.data_ptr()) for tensor in wanted)
         key = (places, *kind, self.model.training)
+        self._forget_changed(key)
         calls = self.calls[key] = self.calls.get(key, 0) + 1
-        if calls <= self.WARM_UP:
+        if calls <= self.warm_up.get(key, self.WARM_UP):
             return self._aside(wanted, input, target, scale)
         if key not in self.captured:
             try:
                 # With the tensors, so that no other one gets the id of one of them.
-                self.captured[key] = self._checked(wanted, input, target), wanted
+                self.captured[key] = SimpleNamespace(
+                    entry=self._checked(wanted, input, target), wanted=wanted, replays=0,
+                    snapshot=self._snapshot(),
+                )  # fmt: skip
             except RuntimeError as error:  # of the capture, of memory, or of the comparison
                 self.graphs, self.reason = False, str(error).strip().split("\n")[0]
                 self.captured.clear()
             if not self.graphs:  # outside of the except, whose traceback holds the failed graph
                 log.warning("no CUDA graph (%s): going on without", self.reason)
                 return self._compute(wanted, input, target, scale)
-        loss, logits, gradients = _replay(self.captured[key][0], input, target)
+        self.captured[key].replays += 1
+        loss, logits, gradients = _replay(self.captured[key].entry, input, target)
         # The next replay overwrites them.
         return loss.clone(), logits.clone(), list(torch._foreach_mul(gradients, scale))
 
     def graphed(self, input):
         synchronized = getattr(self.model, "sync_bn", False)  # messages within the pass
         return self.graphs and input.device.type == "cuda" and not synchronized
+
+    def _snapshot(self):
+        """Of the modules that a graph has taken as they were."""
+        both = self.model, self.criterion
+        parts = [part for m in both if isinstance(m, nn.Module) for part in m.modules()]
+        return Snapshot(parts, tensors=True)
+
+    def _forget_changed(self, key):
+        """Drops the graph where the model has changed since; the next one comes after a warm-up.
+
+        After one that is ten times as long where the graph was not WORTH it.
+        """
+        old = self.captured.get(key)
+        if old is not None and not old.snapshot.holds():
+            del self.captured[key]
+            before = self.warm_up.get(key, self.WARM_UP)
+            self.warm_up[key] = self.WARM_UP if old.replays >= self.WORTH else 10 * before
+            self.calls[key] = 0
+            log.info("the model has changed: the CUDA graph of a batch of %d is captured again "
+                     "after %d steps", key[1][0][0], self.warm_up[key])  # fmt: skip
 
     def _compute(self, wanted, input, target, scale=1.0):
         kept = {id(tensor) for tensor in wanted}
@@ -96,7 +128,7 @@ class Gradients:
         pool: what one leaves there but its results, which are kept, the next may overwrite.
         """
         own = torch.zeros_like(input), torch.zeros_like(target)
-        pool = next((entry[0].pool() for entry, _ in self.captured.values()), None)
+        pool = next((old.entry[0].pool() for old in self.captured.values()), None)
         with torch.cuda.device(input.device):
             outside = torch.cuda.current_stream()
             graph = torch.cuda.CUDAGraph()

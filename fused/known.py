@@ -14,6 +14,7 @@ import tokenize
 import torch
 from torch import nn
 
+from fused.snapshot import hooks
 from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 
 WRITTEN_FOR = {
@@ -27,7 +28,6 @@ WRITTEN_FOR = {
     "Zero": "26d92b3d9241d376",
 }
 FOREIGN = ("torch.", "fused.")  # modules whose classes nobody edits
-HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 SIGNS = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 
@@ -105,11 +105,6 @@ AT_FIRST = functions_of_torch()
 
 
 # Modules
-
-
-def hooks(attributes, prefix=""):
-    """The dicts of hooks that a call of a module runs: of one module, or of all."""
-    return [attributes[prefix + name] for name in HOOKS]
 
 
 def is_untouched(module):

@@ -16,13 +16,13 @@ from fused.known import (
     AT_FIRST,
     fresh,
     functions_of_torch,
-    hooks,
     is_as_made,
     is_untouched,
     signature,
     unfamiliar,
 )
 from fused.norms import MOMENTUM
+from fused.snapshot import Snapshot, hooks
 from operations import DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 
 
@@ -126,13 +126,7 @@ class Plan:
 
     def _keep(self, cell, parts):
         """Records what must not change of the modules for the plan to hold."""
-        self.parts, self.types = parts, [type(part) for part in parts]
-        classes = dict.fromkeys(c for kind in {type(cell), *self.types} for c in kind.__mro__)
-        self.live = [vars(c) for c in classes]
-        self.live += hooks(vars(torch_module), "_global")
-        for part in parts:
-            self.live += [vars(part), part._modules, *hooks(vars(part))]
-        self.kept = [dict(values) for values in self.live]
+        self.snapshot = Snapshot(parts, more=[type(cell)])
         self.tensors = [d for part in parts for d in (part._parameters, part._buffers)]
         self.dtypes = self._dtypes()
 
@@ -143,15 +137,10 @@ class Plan:
     def holds(self, cell):
         """Whether the modules of the cell are those that it was made for, and as they were."""
         try:
-            return (
-                self.owner is cell._modules
-                and self.settings == _settings(cell)
-                and self.live == self.kept
-                and list(map(type, self.parts)) == self.types
-                and self._dtypes() == self.dtypes
-            )
+            same = self.owner is cell._modules and self.settings == _settings(cell)
         except (RuntimeError, ValueError, TypeError):  # attributes that cannot be compared
             return False
+        return same and self.snapshot.holds() and self._dtypes() == self.dtypes
 
     def _read(self):
         """The lists of modules by source."""

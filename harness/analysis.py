@@ -14,7 +14,7 @@ def softmaxes(network):
 
     By target, as the alphas; on the CPU. Without edge normalization there are no betas.
     """
-    alphas = {f"alphas_{k}": getattr(network, f"alphas_{k}").softmax(-1) for k in KINDS}
+    alphas = {f"alphas_{k}": network.op_weights(k) for k in KINDS}
     betas = {f"betas_{k}": network.edge_weights(k) for k in KINDS if network.edge_norm}
     return {name: p.cpu() for name, p in (alphas | betas).items()}
 

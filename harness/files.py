@@ -76,9 +76,14 @@ def start_log(folder=None, quiet=False):
     return log
 
 
+def script_name():
+    """Of the script that runs, as args.json and checkpoints name it: "train_search"."""
+    return Path(sys.argv[0]).stem
+
+
 def write_args(folder, args, **more):
     """args.json: arguments, command and versions behind a run, and what is in `more`."""
-    about = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "command": sys.argv, **more}
+    about = {"format": FORMAT, "script": script_name(), "command": sys.argv, **more}
     about |= {"torch": torch.__version__, "python": sys.version.split()[0], "args": vars(args)}
     write(folder / "args.json", (json.dumps(about, indent=2) + "\n").encode())
 

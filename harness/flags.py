@@ -3,12 +3,10 @@
 import argparse
 import importlib
 import shlex
-import sys
-from pathlib import Path
 
 import torch
 
-from harness.files import read_args
+from harness import files
 from utils import UserError
 
 
@@ -257,7 +255,7 @@ def parse_args(parser):
         return _agreeing(args)
     unset = object()
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    about, script = read_args(args.resume), Path(sys.argv[0]).stem
+    about, script = files.read_args(args.resume), files.script_name()
     if not about:
         raise UserError(f"--resume {args.resume}: no args.json there; give the folder of a run")
     if about.get("script") != script:

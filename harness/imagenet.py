@@ -58,7 +58,7 @@ class Files(Dataset):
         except UserError as error:
             return error
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not those of the GPUs
             image = self.transform(image)
         return torch.from_numpy(np.array(image)), int(self.labels[i])  # (H, W, 3) uint8
 

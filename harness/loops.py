@@ -17,7 +17,7 @@ class Figures:
     """Loss, top-1 and top-5 of an epoch, and its speed; shows them as it goes.
 
     run: a runs.Run, whose epoch this is; None in an evaluation. Where the run was resumed within
-    the epoch, the figures go on from the checkpoint's.
+    the epoch, the figures go on from the checkpoint's, run.unfinished, which is then None.
     """
 
     def __init__(self, name, loader, report_freq, log, run=None):
@@ -55,7 +55,10 @@ class Figures:
                     self.bar.set_postfix_str(shown)
 
     def update(self, loss, logits, y, norm=None):
-        """Adds a step. norm: of its gradient; UserError where it or the loss is not finite."""
+        """Adds a step; norm: of its gradient.
+
+        Where it or the loss is not finite: UserError, on a CPU at once, else at the next `check`.
+        """
         top1, top5 = accuracy(logits.detach(), y, topk=(1, 5))
         for meter, value in zip(self.meters, (loss, top1, top5), strict=True):
             meter.update(value, len(y))

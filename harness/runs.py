@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 import zipfile
@@ -273,7 +272,7 @@ class Run:
         self.saved_at = time.monotonic()
         if not distributed.is_main():
             return
-        state = {"format": FORMAT, "script": Path(sys.argv[0]).stem, "args": self.args}
+        state = {"format": FORMAT, "script": files.script_name(), "args": self.args}
         state |= {"genotype": self.genotype, "epoch": self.epoch, "unfinished": unfinished}
         state |= {"values": self.values, "generators": states}
         state["records"] = {name: path.read_text() for name in RECORDS
@@ -302,7 +301,7 @@ def load_checkpoint(folder, log):
 
     Raises UserError where none can be used.
     """
-    script, failed = Path(sys.argv[0]).stem, None
+    name, failed = files.script_name(), None
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
         if not path.exists():
             continue
@@ -314,8 +313,8 @@ def load_checkpoint(folder, log):
             failed = failed or error
             log.info("%s cannot be used (%s)", path, " ".join(str(error).split()))
             continue
-        if not isinstance(state, dict) or state.get("script") != script:
-            raise UserError(f"{path} is no checkpoint of {script}.py: give the folder of one")
+        if not isinstance(state, dict) or state.get("script") != name:
+            raise UserError(f"{path} is no checkpoint of {name}.py: give the folder of one")
         if state.get("format") != FORMAT:
             raise UserError(f"{path} is of another version of this code: use that one")
         if path.name == PREVIOUS:

@@ -13,7 +13,9 @@ def supernet(args, classes, criterion, stem):
     """The Network of a search's flags; ValueError or UserError where there is none such."""
     names = None if args.primitives is None else args.primitives.split(",")
     if names and (len(set(names)) < len(names) or set(names) == {"none"}):
-        raise utils.UserError(f"--primitives {args.primitives}: give each once, and more than none")
+        raise utils.UserError(
+            f"--primitives {args.primitives}: name each operation once, and more than none"
+        )
     return Network(
         num_classes=classes, criterion=criterion, stem=stem, recompute=args.recompute,
         primitives=names, fused=not args.plain and not args.form.startswith("plain"),
@@ -52,13 +54,15 @@ def introduce(log, args, model, measured=None):
         log.info("%s", measured)
     form = "in their fast form"
     if not model.fused:
-        why = f" ({model.why_plain})" if model._arguments["fused"] else ""  # else --form says so
+        why = f" ({model.why_plain})" if model.why_plain else ""  # else --form says so
         form = f"as model_search.py has them{why}"
     form += ", in NCHW" * (model.layout == torch.contiguous_format)
     log.info(
         "supernet: %.6f M weights, K = %d, cells %s",
         utils.count_parameters_in_MB(model), args.k, form,
     )  # fmt: skip
+    if all(cell.reduction for cell in model.cells):
+        log.info("every cell reduces: the normal cell of the genotype is that of random alphas")
     if args.begin >= args.epochs:
         log.info(
             "alphas and betas never learn: --begin %d is not below --epochs %d, so the genotype "
@@ -127,6 +131,7 @@ def finish(run, args, model, held_out, images):
 def save(run, model, genotype):
     """The end of a search: genotype.json, and weights.pt, which says that it is finished."""
     if distributed.is_main():
-        genotypes.save(genotype, run.folder / "genotype.json", model.primitives)
+        text = genotypes.to_json(genotype, model.primitives)
+        files.write(run.folder / "genotype.json", text.encode())
         files.save(model.state_dict(), run.folder / "weights.pt")
     run.log.info("genotype = %s", genotypes.text(genotype))

@@ -4,6 +4,9 @@ import genotypes
 import utils
 from harness import files
 
+# What the checkpoint of a training keeps: [top-1, epoch] of the best epoch, figures of the last.
+START = {"best": [-1.0, 0], "tested": {}}
+
 
 def sizes(folder):
     """{"C", "num_classes", "layers", "auxiliary"} of the network that a run trains.
@@ -31,7 +34,7 @@ def introduce(run, network, genotype, more=""):
 def report(run, args, lr, figures, tested, images):
     """What an epoch gave, in the log and metrics.csv; images: "test" or "validation".
 
-    Returns what the run keeps: {"best": [top-1, epoch], "tested": figures}.
+    Returns what the run keeps, as in START.
     """
     epoch = run.epoch + 1
     run.log.info(

@@ -87,7 +87,8 @@ class Loader(imagenet.Loader):
             return x
         place = self.batches.seed, self.epoch, self.position, self.batches.rank
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+            seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+            torch.default_generator.manual_seed(seed)  # not those of the GPUs
             x = torch.stack([self.augment(image) for image in x])
         return x.contiguous(memory_format=torch.channels_last)
 

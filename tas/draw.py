@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 def gumbel(like):
     """Gumbel(0, 1) noise of the shape of `like`."""
-    return -torch.empty_like(like).exponential_().log()
+    draw = torch.empty_like(like).exponential_()
+    return -draw.clamp_min_(torch.finfo(like.dtype).tiny).log()  # a draw may be 0
 
 
 def two_widths(attentions, tau, noise=None, index=None):

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch.nn import functional as F
 
 
@@ -21,15 +22,18 @@ def distillation(logits, teacher_logits, target, temperature=4.0, share=0.9):
     """Knowledge distillation (Hinton et al. 2015; TAS, section 3.2).
 
     (1 - share) * cross-entropy + share * T^2 * KL(softmax(teacher / T) || softmax(logits / T));
-    logits (N, classes), target (N,); the mean over the batch.
+    logits (N, classes), target (N,); the mean over the batch. In float32 at least.
     """
+    student, teacher = (  # on a CPU autocast leaves log_softmax in bfloat16
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, teacher_logits)
+    )
     soft = F.kl_div(
-        F.log_softmax(logits / temperature, dim=1),
-        F.log_softmax(teacher_logits / temperature, dim=1),
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )
-    hard = F.cross_entropy(logits, target)
+    hard = F.cross_entropy(student, target)
     return (1 - share) * hard + share * temperature**2 * soft
 
 

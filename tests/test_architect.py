@@ -137,6 +137,23 @@ class Smooth(nn.Module):
         return nn.functional.cross_entropy(self(x), target)
 
 
+def test_second_order_where_the_validation_loss_has_no_gradient():
+    """As a triplet loss has none whose triplets all keep their margin."""
+    torch.manual_seed(0)
+    model = Smooth()
+    model._loss = lambda x, target: 0 * Smooth._loss(model, x, target)
+    args = SimpleNamespace(
+        momentum=0.9, weight_decay=0.0, arch_learning_rate=0.1, arch_weight_decay=0.0
+    )
+    before = [weight.clone() for weight in model.parameters()]
+    model.double()
+    batch = torch.randn(4, 6).double(), torch.randint(3, (4,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, 0.9)
+    Architect(model, args).backward(*batch, *batch, 0.5, optimizer, unrolled=True)
+    assert torch.equal(model.alphas.grad, torch.zeros(3, dtype=torch.float64))
+    assert all(torch.equal(w.float(), b) for w, b in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 def test_unrolled_gradient_is_that_of_exact_autograd(momentum):
     """d L_val(w'(alpha), alpha) / d alpha by autograd through the SGD step."""

@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and "/nowhere/figures.json" in done.stderr
 
 
-@pytest.mark.parametrize("flags", ["--layers 2", "--init_channels 6"])
+@pytest.mark.parametrize("flags", ["--layers 0", "--init_channels 6"])
 def test_a_network_that_cannot_be_is_one_line(flags, tmp_path):
     done = run("supernet", tmp_path, *flags.split())
     assert done.returncode == 2 and done.stderr.count("\n") == 1

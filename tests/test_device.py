@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from inspect import signature
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -598,6 +598,101 @@ def test_an_honest_graph_is_taken_once_it_was_compared(form, said):
     assert len(lines) == gradients.captures == 2  # once per shape
     for line, n in zip(lines, (4, 3), strict=True):
         assert f"a batch of {n}, training" in line and " s; relative differences loss 0," in line
+
+
+class Frozen(Graph):
+    """As a real graph: Python's side of the capture, and the memory where tensors were then."""
+
+    def __init__(self, gradients, wanted, own, results):
+        super().__init__(gradients, wanted, own, results)
+        model, criterion = gradients.model, gradients.criterion
+        tensors = [*model.parameters(), *model.buffers()]
+        then = {
+            id(tensor): tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors
+        }
+        self.wanted = [then[id(tensor)] for tensor in wanted]
+        self.gradients = Gradients(*copy.deepcopy((model, criterion), then))
+
+
+def elsewhere(tensors):
+    for tensor in tensors:
+        tensor.data = tensor.data * 1.5
+
+
+CHANGES = {
+    "an attribute": lambda network, loss: setattr(network.stem[1], "momentum", 0.5),
+    "an attribute of the loss": lambda network, loss: setattr(loss, "label_smoothing", 0.5),
+    "a hook": lambda network, loss: network.stem.register_forward_hook(lambda m, x, out: out * 2),
+    "a module": lambda network, loss: setattr(
+        network, "global_pooling", nn.AdaptiveMaxPool2d(1)
+    ),
+    "a mode": lambda network, loss: network.stem[1].eval(),
+    "a function": lambda network, loss: setattr(
+        network, "_loss", MethodType(lambda self, x, y: self(x).square().mean(), network)
+    ),
+    "weights elsewhere": lambda network, loss: elsewhere(network.weights()),
+    "statistics elsewhere": lambda network, loss: elsewhere(
+        b for n, b in network.named_buffers() if "running" in n
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_graph_of_a_model_that_was_changed_is_not_replayed(what, said):
+    network, criterion = supernet(), nn.CrossEntropyLoss()
+    network._criterion = criterion
+    other, its = copy.deepcopy((network, criterion))
+    own = None if what == "a function" else criterion  # None: model._loss
+    gradients = Replayed(network, own)
+    expected = Gradients(other, None if own is None else its)
+    gradients.graph, gradients.WORTH = Frozen, 2
+
+    def steps(n):
+        for seed in range(n):
+            x, y = batch(4, seed=seed)
+            mine = gradients(network.arch_parameters(), x, y)
+            theirs = expected(other.arch_parameters(), x, y)
+            for a, b in zip([*mine[:2], *mine[2]], [*theirs[:2], *theirs[2]], strict=True):
+                assert torch.equal(a, b)
+            assert all(map(torch.equal, bits(network), bits(other)))
+
+    steps(Gradients.WARM_UP + 3)
+    assert gradients.captures == 1 and next(iter(gradients.captured.values())).replays == 3
+    for one, loss in ((network, criterion), (other, its)):
+        CHANGES[what](one, loss)
+    steps(Gradients.WARM_UP + 3)
+    assert gradients.captures == 2 and gradients.graphs
+    assert said.text.count("captured again after 3 steps") == 1
+
+
+def test_a_model_that_changes_in_each_step_is_seldom_captured():
+    network = supernet()
+    gradients = Replayed(network, nn.CrossEntropyLoss())
+    gradients.graph = Frozen
+    for step in range(45):
+        network.stem[1].momentum = 1 / (step + 2)
+        gradients(network.arch_parameters(), *batch(4))
+    assert gradients.captures == 2 and gradients.graphs
+
+
+def test_an_evaluation_leaves_the_graph_of_the_training():
+    network = supernet()
+    gradients = Replayed(network, nn.CrossEntropyLoss())
+    for _ in range(Gradients.WARM_UP + 1):
+        gradients(network.weights(), *batch(4))
+        network.eval()(batch(4)[0])
+        network.train()
+    gradients(network.weights(), *batch(4))
+    assert gradients.captures == 1 and next(iter(gradients.captured.values())).replays == 2
+
+
+def test_others_get_no_graph_unasked():
+    """Of an Architect with the published arguments, whose model may do anything in Python."""
+    published = SimpleNamespace(
+        momentum=0.9, weight_decay=3e-4, arch_learning_rate=6e-4, arch_weight_decay=1e-3
+    )
+    assert not Architect(supernet(), published).gradients.graphs
+    assert Architect(supernet(), ARGS).gradients.graphs
 
 
 def test_random_numbers_are_drawn_as_if_there_had_been_one_replay():

@@ -112,6 +112,13 @@ def test_normal_form():
     assert type(check(other(*SMALL))) is Genotype
 
 
+def test_numbers_of_numpy_become_plain_ones():
+    edges = [(op, np.int64(node)) for op, node in PAIR * 2]
+    tidy = check(Genotype(edges, np.arange(2, 4).tolist(), edges, list(np.arange(2, 4))))
+    assert repr(tidy.normal) == repr(PAIR * 2) and repr(tidy.reduce_concat) == "range(2, 4)"
+    assert from_json(to_json(tidy)) == tidy
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -156,8 +163,8 @@ WRONG = {
     "negative": (cell(("skip_connect", -1), PAIR[0]), "normal[0]: input -1 does not"),
     "bool": (cell(PAIR[0], ("skip_connect", True)), "normal[1]: input True does not"),
     "numpy": (
-        cell(PAIR[0], ("skip_connect", np.int64(1))),
-        "input 1 is of type int64; give an int",
+        cell(PAIR[0], ("skip_connect", np.int64(2))),
+        "normal[1]: input np.int64(2) does not",
     ),
     "float": (cell(PAIR[0], ("skip_connect", 1.0)), "normal[1]: input 1.0 does not"),
     "string": (cell(PAIR[0], ("skip_connect", "1")), "normal[1]: input '1' does not"),

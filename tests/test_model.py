@@ -345,9 +345,16 @@ def test_without_auxiliary_head_there_are_no_auxiliary_logits(kind):
     assert network.training and network(torch.randn(2, 3, 64, 64))[1] is None
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_or_two_cells_which_all_reduce(layers):
+    network = build("cifar", SMALL, layers=layers)
+    assert [cell.reduction for cell in network.cells] == [True] * layers
+    assert network(torch.randn(2, 3, 16, 16))[0].shape == (2, 10)
+
+
 def test_what_cannot_be_built_or_run_is_said_in_one_line():
-    with pytest.raises(ValueError, match=r"^layers=2: two cells reduce, so it takes 3 or more$"):
-        build("cifar", layers=2)
+    with pytest.raises(ValueError, match=r"^layers=0: give 1 cell or more$"):
+        build("cifar", layers=0)
     with pytest.raises(ValueError, match="C_out=7 must be even"):
         build("imagenet", C=7)
     with pytest.raises(genotypes.GenotypeError, match=r"normal\[0\]: unknown op 'conv'"):

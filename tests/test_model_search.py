@@ -16,7 +16,7 @@ import recipe
 from architect import Architect
 from fused.cell import side_by_side
 from genotypes import PRIMITIVES
-from harness import costs
+from harness import analysis, costs
 from model_search import Network
 from operations import OPS, DilConv, Identity, SepConv
 
@@ -528,7 +528,7 @@ def test_new_has_the_same_alphas_and_betas_and_fresh_weights(edge_norm):
         (dict(C=3), ["3 / 1"]),
         (dict(C=8, k=0), ["8 / 0"]),
         (dict(C=0), ["0 / 1"]),
-        (dict(layers=2), ["layers=2"]),
+        (dict(layers=0), ["layers=0"]),
         (dict(multiplier=5), ["multiplier=5", "steps=4"]),
         (dict(multiplier=0), ["multiplier=0"]),
         (dict(steps=0, multiplier=0), ["multiplier=0"]),
@@ -540,6 +540,44 @@ def test_arguments_that_make_no_network(arguments, words):
     with pytest.raises(ValueError) as info:
         build("fused", **arguments)
     one_line(info, *words)
+
+
+@BOTH
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_or_two_cells_which_all_reduce(form, layers):
+    network, (x, y) = build(form, layers=layers), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert [cell.reduction for cell in network.cells] == [True] * layers
+    network._loss(x, y).backward()
+    normal, reduce = network.alphas_normal.grad, network.alphas_reduce.grad
+    assert normal is None or not normal.any()
+    assert reduce.abs().max() > 0
+
+
+def test_there_is_one_softmax_of_alphas_and_one_of_betas():
+    """Who changes it in a subclass trains, derives and records the same."""
+
+    class Sigmoid(Network):
+        def op_weights(self, kind):
+            return getattr(self, f"alphas_{kind}").sigmoid()
+
+        def edge_weights(self, kind):
+            return getattr(self, f"betas_{kind}").sigmoid()
+
+    torch.manual_seed(0)
+    network = Sigmoid(4, 3, 3, nn.CrossEntropyLoss(), k=1).double()
+    x = torch.randn(2, 3, 8, 8).double()
+    for tensor in network.arch_parameters():
+        tensor.data.normal_()
+    records = analysis.softmaxes(network)
+    for name, tensor in arch(network).items():
+        torch.testing.assert_close(records[name], tensor.detach().sigmoid())
+    before, genotype = network(x), network.genotype()
+    other = Network(4, 3, 3, nn.CrossEntropyLoss(), k=1).double()
+    other.load_state_dict(network.state_dict())
+    other.op_weights = lambda kind: records[f"alphas_{kind}"]
+    other.edge_weights = lambda kind: records[f"betas_{kind}"]
+    torch.testing.assert_close(other(x), before)
+    assert other.genotype() == genotype
 
 
 # What it costs, on the default search of CIFAR-10 (float32)

@@ -27,13 +27,13 @@ TINY_SEARCH += " --input_size 8"
 TINY_TRAIN = "--set digits --epochs 2 --init_channels 4 --layers 3 --batch_size 256"
 
 
-def run(command, cwd):
-    """The finished process of a command that must succeed."""
+def run(command, cwd, code=0):
+    """The finished process of a command that ends with this exit code."""
     script, *flags = command.split()
     done = subprocess.run(
         [*warm_python(), ROOT / script, *flags], cwd=cwd, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done
 
 
@@ -150,6 +150,9 @@ def test_checkpoint_weights_and_foreign_wrapping_score_the_same(runs, tmp_path):
     state = torch.load(trained / "weights.pt", weights_only=True)
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pt")
     shutil.copy(trained / "args.json", tmp_path)
+    published = run("test.py --model_path w.pt", tmp_path, 2)  # another network than this
+    assert "no genotype.json lies beside w.pt: taking PCDARTS" in published.stdout
+    assert published.stderr.count("\n") == 1
     flags = f"--model_path w.pt --arch {trained}"
     assert score in run(f"test.py {flags}", tmp_path).stdout
     other = run(f"test.py {flags} --mean 0.9,0.9,0.9 --std 0.1,0.1,0.1", tmp_path).stdout

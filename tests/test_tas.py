@@ -538,6 +538,25 @@ def test_distillation_is_its_formula():
     close(tas.distillation(student, teacher, target), expected, 1e-12)
 
 
+def test_distillation_within_autocast_is_in_float32():
+    """On a CPU log_softmax would stay in bfloat16, which rounds 2.3 to steps of 0.016."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 5).bfloat16()
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+    expected = tas.distillation(student.double(), teacher.double(), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tas.distillation(student, teacher, target)
+    assert found.dtype == torch.float32
+    close(found.double(), expected, 1e-5)
+
+
+def test_a_draw_of_zero_makes_no_infinite_noise(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.fill_(0))
+    index = torch.tensor([[0, 1], [0, 1]])
+    _, weights = draw.two_widths(torch.zeros(2, 4), 0.1, index=index)
+    assert torch.isfinite(weights).all() and torch.isfinite(draw.gumbel(torch.zeros(3))).all()
+
+
 def test_limits_of_distillation():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 6, 5, dtype=torch.float64)
