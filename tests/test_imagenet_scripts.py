@@ -226,9 +226,9 @@ def test_bfloat16_and_synchronized_norms_go_together(cwd):
 def test_the_layout_is_measured_before_norms_wait_for_other_processes(cwd, tmp_path):
     """As on GPUs: with the measuring forced, of one process alone."""
     program = (
-        f"import functools, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from harness import tuning\nimport train_imagenet\n"
-        "tuning.choose_layout = functools.partial(tuning.choose_layout, measure=True)\n"
+        "tuning.MEASURED_ON = ('cpu',)\n"
         "train_imagenet.main(train_imagenet.get_args())\n"
     )
     (tmp_path / "forced.py").write_text(program)

@@ -21,7 +21,7 @@ from utils import UserError
 CPU, LOG = torch.device("cpu"), logging.getLogger("test_tuning")
 ARGS = SimpleNamespace(
     amp=False, auxiliary=True, auxiliary_weight=0.4, layout="auto", resume=None, device=None,
-    gpu=None,
+    gpu=None, deterministic=False,
 )  # fmt: skip
 SMALL = genotypes.Genotype(
     normal=[("sep_conv_3x3", 0), ("skip_connect", 1), ("dil_conv_5x5", 1), ("max_pool_3x3", 2)],
@@ -47,6 +47,12 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", stand_in)
     yield compiled
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The layouts are timed on the CPU, too."""
+    monkeypatch.setattr(tuning, "MEASURED_ON", ("cpu",))
 
 
 def build(layers=5):
@@ -107,13 +113,13 @@ def test_figures_drop_path_and_state_dict_are_the_uncompiled_network_s(graphs, p
         assert torch.equal(plain.eval()(batch()[0])[0], compiled.eval()(batch()[0])[0])
 
 
-def test_trying_a_step_leaves_no_trace(graphs):
+def test_trying_a_step_leaves_no_trace(graphs, timed):
     network = build().float()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     random, training = torch.get_rng_state(), network.eval().training
     network.drop_path_prob = 0.5
     compile_cells(network)
-    tuning.choose_layout(network, (4, 32), ARGS, CPU, measure=True)
+    tuning.choose_layout(network, (4, 32), ARGS, CPU)
     assert torch.equal(torch.get_rng_state(), random) and network.training == training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -205,7 +211,7 @@ def test_a_compiled_training_that_is_resumed_ends_as_one_that_was_not(tmp_path):
     assert "compiled" not in plain
 
 
-def test_the_faster_layout_is_taken_and_kept_by_a_resume(tmp_path, monkeypatch):
+def test_the_faster_layout_is_taken_and_kept_by_a_resume(tmp_path, monkeypatch, timed):
     network, seen = build().float(), []
 
     def slow(network, *_):
@@ -215,7 +221,7 @@ def test_the_faster_layout_is_taken_and_kept_by_a_resume(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(tuning, "_try_step", slow)
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock[0])
-    kept = tuning.choose_layout(network, (4, 32), ARGS, CPU, measure=True)
+    kept = tuning.choose_layout(network, (4, 32), ARGS, CPU)
     assert kept == {
         "layout": "contiguous", "layout_ms": {"contiguous": 2000.0, "channels_last": 3000.0}
     }  # fmt: skip
@@ -224,23 +230,27 @@ def test_the_faster_layout_is_taken_and_kept_by_a_resume(tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text(json.dumps(about))
     resumed = SimpleNamespace(**vars(ARGS) | {"resume": str(tmp_path)})
     network.layout = None
-    assert tuning.choose_layout(network, (4, 32), resumed, CPU, measure=True) == kept
+    assert tuning.choose_layout(network, (4, 32), resumed, CPU) == kept
     assert network.layout == torch.contiguous_format and len(seen) == 14
+    network.layout = None
+    exact = SimpleNamespace(**vars(ARGS) | {"deterministic": True})
+    assert tuning.choose_layout(network, (4, 32), exact, CPU) == {}  # nothing depends on a clock
+    assert network.layout is None and len(seen) == 14
 
 
-def test_a_resume_of_a_run_that_measured_nothing_measures_nothing(tmp_path):
+def test_a_resume_of_a_run_that_measured_nothing_measures_nothing(tmp_path, timed):
     (tmp_path / "args.json").write_text('{"format": 1, "script": "train", "args": {}}')
     network = build()
     resumed = SimpleNamespace(**vars(ARGS) | {"resume": str(tmp_path)})
-    assert tuning.choose_layout(network, (4, 32), resumed, CPU, measure=True) == {}
+    assert tuning.choose_layout(network, (4, 32), resumed, CPU) == {}
     assert network.layout is None
 
 
 @pytest.mark.parametrize("name", tuning.LAYOUTS)
-def test_layouts_give_the_same_figures_and_are_taken_as_given(name):
+def test_layouts_give_the_same_figures_and_are_taken_as_given(name, timed):
     network, other = build(), build()
     args = SimpleNamespace(**vars(ARGS) | {"layout": name})
-    assert tuning.choose_layout(network, (4, 32), args, CPU, measure=True) == {}
+    assert tuning.choose_layout(network, (4, 32), args, CPU) == {}
     strides = []
     network.stem.register_forward_hook(lambda m, inputs, y: strides.append(y.stride(1)))
     pairs = zip(figures(network, *batch()), figures(other, *batch()), strict=True)
@@ -254,7 +264,7 @@ def test_a_training_says_and_keeps_its_layout(tmp_path, monkeypatch):
     program = (
         f"import functools, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from harness import tuning\nimport train\n"
-        "tuning.choose_layout = functools.partial(tuning.choose_layout, measure=True)\n"
+        "tuning.choose_layout = functools.partial(tuning.choose_layout)\n"
         "train.main(train.get_args())\n"
     )
     (tmp_path / "forced.py").write_text(program)
