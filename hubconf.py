@@ -70,12 +70,18 @@ def supernet(num_classes=None, weights=None, C=None, layers=None, **variant):
     return _loaded(_model_search.Network(**arguments), weights)
 
 
-def tas(arch="unpruned", num_classes=None, weights=None, depth=None):
+def tas(arch=None, num_classes=None, weights=None, depth=None):
     """The ResNet with the widths and depths that a search found; forward(x) -> logits.
 
-    arch: as --arch of train_tas.py: tas.json, run folder, text, or "unpruned", which needs depth.
-    num_classes: None: the arch's, of "unpruned" 10.
+    arch: as --arch of train_tas.py: tas.json, run folder, text, or "unpruned", which needs depth;
+    None: that of the run of the weights, else "unpruned". num_classes: None: the arch's, of
+    "unpruned" 10.
     """
+    if arch is None:
+        own = None if weights is None else _files.run_folder(weights)
+        arch = own if own is not None and (own / _found.NAME).exists() else "unpruned"
+    if str(arch) == "unpruned" and depth is None:
+        raise _UserError("arch='unpruned' needs depth: give 20, 32, 44, 56 or 110")
     network = _found.load(str(arch), depth)
     if num_classes is not None:
         if not isinstance(num_classes, int) or num_classes < 1:

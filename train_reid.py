@@ -8,7 +8,7 @@
 
 What counts is the retrieval after the last epoch: CMC and mean average precision. Published, on
 Market-1501: rank-1 94.5 %, mAP 85.1 %. The recipe (Adam, warm-up, steps, label smoothing, random
-erasing) is the customary one (Luo et al., CVPRW 2019). What was measured stands in docs/reid.md.
+erasing) is after Luo et al., CVPRW 2019; what it leaves out, and what was measured: docs/reid.md.
 """
 
 import math
@@ -74,7 +74,10 @@ def main(args):
     check_triplets(args)
     labels, identities = data.labels(people.train.ids)
     world = distributed.rank(), distributed.world_size()
-    batches = PKBatches(people.train.ids, args.identities, args.instances, args.seed, *world)
+    triplets = cross_entropy_weight(args) < 1
+    batches = PKBatches(
+        people.train.ids, args.identities, args.instances, args.seed, *world, triplets
+    )
     augment = dict(flip=args.set != "digits", erase=not args.no_erasing)
     train = Loader(people.train, labels, batches, size, device, args.workers, **augment)
 

@@ -59,7 +59,8 @@ def main(args):
     utils.set_seed(args.seed, args.deterministic, args.detect_anomaly)
     check_triplets(args)
     people = data.load(args.set, args.data)
-    halves = data.halves(people.train, args.seed)
+    least = 2 if cross_entropy_weight(args) < 1 else 1  # images of an identity in a half
+    halves = data.halves(people.train, args.seed, least)
     identities = data.labels(halves[0].ids)[1]
     layers, size = whole_numbers(args.layers), (args.height, args.width)
     train, valid = (
@@ -99,7 +100,7 @@ def main(args):
     if run.finished(args):
         return
     folder, log = run.folder, run.log
-    introduce(log, args, people, halves, model)
+    introduce(log, args, people, halves, model, least)
 
     forever = valid.forever()
     for _ in range(run.epoch, args.epochs):
@@ -122,10 +123,11 @@ def main(args):
 def batches(ids, args, seed):
     """This process's batches of P identities."""
     world = distributed.rank(), distributed.world_size()
-    return PKBatches(ids, args.identities, args.instances, seed, *world)
+    triplets = cross_entropy_weight(args) < 1
+    return PKBatches(ids, args.identities, args.instances, seed, *world, triplets)
 
 
-def introduce(log, args, people, halves, model):
+def introduce(log, args, people, halves, model, least):
     """The first lines of the log: the data and the supernet."""
     log.info("%s", people.note)
     identities = len(np.unique(halves[0].ids))
@@ -135,7 +137,8 @@ def introduce(log, args, people, halves, model):
         args.instances,
     )  # fmt: skip
     if halves[2]:
-        log.info("%d identities have fewer than 4 images and are left out", len(halves[2]))
+        few = len(halves[2]), 2 * least
+        log.info("%d identities have fewer than %d images and are left out", *few)
     log.info("supernet: %.6f M weights, K = %d", utils.count_parameters_in_MB(model), args.k)
 
 

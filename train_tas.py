@@ -61,7 +61,8 @@ def main(args):
     network = network.on(classes, size)
     teacher = None
     if args.teacher is not None:
-        teacher = found.load_trained(own(args, "teacher") or args.teacher, dataset)
+        with torch.random.fork_rng(devices=[]):  # the student is the same without a teacher
+            teacher = found.load_trained(own(args, "teacher") or args.teacher, dataset)
         teacher.to(device).eval()
 
     pruned = network.network().to(device)

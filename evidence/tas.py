@@ -32,7 +32,7 @@ def get_args():
     add("--test_every", type=flags.count, default=5, help="of a folder: each n-th test image")
     add("--input_size", type=flags.count, default=16, help="side of the images in pixels")
     add("--seeds", type=flags.count, default=3, help="runs of each network: seeds 0, 1, ...")
-    add("--random", type=flags.count, default=3, help="random networks")
+    add("--random", type=flags.natural, default=3, help="random networks")
     add("--depth", type=flags.depth, default=20, help="layers")
     add("--flop_ratio", type=ratio, default=0.5, help="multiply-adds wanted, of the unpruned ones")
     add("--search_epochs", type=flags.count, default=12, help="epochs of a search")
@@ -115,7 +115,7 @@ def networks_table(results):
     for row in results:
         groups.setdefault(row["network"], []).append(row)
     random = [row for row in results if row["network"].startswith("random")]
-    groups["random, all"] = random
+    groups |= {"random, all": random} if random else {}
     header = ["network", "test accuracy, %", "multiply-adds, M", "parameters, M"]
     header += ["1 image, ms", "64 images, ms", "times as fast as unpruned: 1, 64"]
     lines = []

@@ -11,14 +11,15 @@ from harness.files import read_args
 from model import Cell
 from utils import UserError
 
+MEASURED_ON = ("cuda",)  # devices on which the layouts are timed
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def choose_layout(network, images, args, device, measure=None):
+def choose_layout(network, images, args, device):
     """Sets network.layout as --layout says; returns what args.json keeps of it.
 
-    auto: the network's own, or where `measure` (None: on a GPU) is true the faster of both; a
-    resumed run has what it began with. images: (number in a step, their side).
+    auto: the network's own, or on a GPU the faster of both, but with --deterministic, where nothing
+    depends on a clock; a resumed run has what it began with. images: (number in a step, side).
     """
     if args.layout != "auto":
         network.layout = LAYOUTS[args.layout]
@@ -26,7 +27,7 @@ def choose_layout(network, images, args, device, measure=None):
     if args.resume is not None:
         about = read_args(args.resume)
         kept = {name: about[name] for name in ("layout", "layout_ms") if name in about}
-    elif device.type == "cuda" if measure is None else measure:
+    elif device.type in MEASURED_ON and not args.deterministic:
         seconds = distributed.on_main(lambda: layout_seconds(network, images, args, device))
         if min(seconds.values()) == float("inf"):  # the training will say what to do
             return {}

@@ -130,6 +130,8 @@ def _list(file, folder):
         if not camera:
             raise UserError(f"{file}, line {i}, is not `path pid` with the camera in the third "
                             "field of the name: mend it")  # fmt: skip
+        if not (folder / match[1]).exists():  # now, not after the epochs before a retrieval
+            raise UserError(f"{file}, line {i}: there is no {folder / match[1]}: restore it")
         entries.append((str(folder / match[1]), int(match[2]) + 1, int(camera[1])))
     if not entries:
         raise UserError(f"{file} is empty: give lines of `path pid`")

@@ -77,11 +77,23 @@ def parse_args(parser, digits, inherited=()):
         raise UserError(f"--test evaluates the network of {folder}, {arch}: leave --arch out")
     if folder is not None and args.resume is not None:
         raise UserError("--test evaluates, --resume goes on: give one of them")
-    if folder is None and args.resume is None and args.loss == "ce":
-        for name, flag in (("ce_weight", "--lambda"), ("margin", "--margin")):
-            if getattr(args, name) != parser.get_default(name):
-                raise UserError(f"{flag} does nothing with --loss ce: give one of them")
+    if folder is None and args.resume is None:
+        check_idle(parser, args)
     return args
+
+
+def check_idle(parser, args):
+    """UserError where a flag is given that does nothing beside another."""
+    idle = []
+    if args.loss == "ce":
+        idle += [("ce_weight", "--lambda", "--loss ce"), ("margin", "--margin", "--loss ce")]
+    elif args.ce_weight == 1:
+        idle += [("margin", "--margin", "--lambda 1")]
+    if getattr(args, "schedule", "") == "cosine":
+        idle += [("milestones", "--milestones", "--schedule cosine")]
+    for name, flag, beside in idle:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"{flag} does nothing with {beside}: give one of them")
 
 
 def _args_of(folder):

@@ -14,10 +14,13 @@ class PKBatches:
     identities of every batch: together they see what one process would.
 
     A batch_sampler of a DataLoader: an iteration is the epoch of set_epoch, from its step on.
-    ids: (N,) of the images. Raises UserError where the numbers do not fit the ids.
+    ids: (N,) of the images. triplets: of each identity two different images are needed. Raises
+    UserError where the numbers do not fit the ids.
     """
 
-    def __init__(self, ids, identities, instances=4, seed=0, rank=0, world_size=1):
+    def __init__(
+        self, ids, identities, instances=4, seed=0, rank=0, world_size=1, triplets=True
+    ):  # fmt: skip
         ids = np.asarray(ids)
         order = np.argsort(ids, kind="stable")
         values, starts = np.unique(ids[order], return_index=True)
@@ -29,9 +32,9 @@ class PKBatches:
         if len(values) < identities:
             raise UserError(f"a batch of {identities} identities is more than the {len(values)} "
                             f"that there are: use {len(values)} or fewer")  # fmt: skip
-        if instances > 1 and few:
+        if triplets and instances > 1 and few:
             raise UserError(f"identity {few[0]} has one image, and a triplet needs two of it "
-                            f"({len(few)} like it): add images or leave it out")  # fmt: skip
+                            f"({len(few)} like it): add images, or give --loss ce")  # fmt: skip
         if identities % world_size:
             raise UserError(f"{identities} identities cannot be shared by {world_size} processes: "
                             f"use a multiple of {world_size}")  # fmt: skip

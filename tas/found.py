@@ -32,8 +32,18 @@ class Found(NamedTuple):
     size: int
 
     def on(self, num_classes, size):
-        """The same network for this number of classes and images of size x size."""
-        return describe(self.depth, self.channels, self.blocks, num_classes, size, self.target)
+        """The same network for this number of classes and images of size x size.
+
+        The target is then the same share of the unpruned network.
+        """
+        target = self.target
+        if target is not None and (num_classes, size) != (self.num_classes, self.size):
+            before, now = (
+                load("unpruned", self.depth, *sizes).multiply_adds
+                for sizes in ((self.num_classes, self.size), (num_classes, size))
+            )
+            target = round(target * now / before, 6)
+        return describe(self.depth, self.channels, self.blocks, num_classes, size, target)
 
     def as_built(self):
         """Multiply-adds in millions of what `network` makes, which has the widths that stay."""

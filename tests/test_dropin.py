@@ -1109,12 +1109,14 @@ def test_hub_gives_a_network_that_a_search_found(tmp_path):
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
         assert loaded(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
     assert load(arch=network.text(), num_classes=3)(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+    of_run = load(weights=run)  # the network is that of the weights
+    assert all(torch.equal(value, wanted[n]) for n, value in of_run.state_dict().items())
     whole = load(depth=8)
     assert whole.layers[-1].conv_b.conv.weight.shape == (64, 64, 3, 3)
     assert whole.classifier.out_features == 10
     with pytest.raises(utils.UserError, match="another network"):
         load(arch="unpruned", depth=8, weights=run / "weights.pt")
-    with pytest.raises(utils.UserError, match="needs --depth"):
+    with pytest.raises(utils.UserError, match="needs depth"):
         load()
     with pytest.raises(utils.UserError, match="cannot read 'nothing'"):
         load(arch="nothing")

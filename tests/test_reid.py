@@ -518,6 +518,8 @@ def test_batch_errors():
         reid.PKBatches(IDS, 8)
     with one_line(UserError, "identity 40 has one image"):
         reid.PKBatches([*IDS, 40], 2)
+    alone = reid.PKBatches([*IDS, 40], 2, triplets=False)  # classification takes one image
+    assert len(IDS) in epoch_of(alone, 0)
     with one_line(UserError, "3 identities", "2 processes"):
         reid.PKBatches(IDS, 3, world_size=2)
     with one_line(UserError, "1 identities"):
@@ -633,7 +635,8 @@ def test_msmt17_lists(tmp_path, folders):
         ("list_query.txt", None, ["list_query.txt is missing"]),
         ("list_val.txt", "", ["list_val.txt is empty"]),
         ("list_gallery.txt", "0000/0000_001_15_x.jpg\n", ["list_gallery.txt, line 1"]),
-        ("list_train.txt", "0000/0000_000_01_x.jpg 0\n0000/some.jpg 0\n", ["line 2"]),
+        ("list_train.txt", "0001/0001_000_02_x.jpg 1\n0000/some.jpg 0\n", ["line 2, is not"]),
+        ("list_train.txt", "0000/0000_000_01_x.jpg 0\n", ["line 1: there is no", "01_x.jpg"]),
     ],
 )
 def test_msmt17_errors(tmp_path, file, text, words):

@@ -282,6 +282,14 @@ BAD = {
     "another space": ("train_reid.py --set digits --arch PC_DARTS_cifar", "sep_conv_5x5"),
     "another resnet": ("train_reid.py --set digits --arch resnet19", "resnet19"),
     "idle lambda": ("train_search_reid.py --set digits --loss ce --lambda 0.7", "--lambda does"),
+    "idle margin of no triplets": (
+        "train_reid.py --set digits --lambda 1 --margin 0.2",
+        "--margin does nothing with --lambda",
+    ),
+    "idle milestones": (
+        "train_reid.py --set digits --schedule cosine --milestones 5",
+        "--milestones does nothing",
+    ),
     "idle margin": ("train_reid.py --set digits --loss ce --margin 0.2", "--margin does nothing"),
     "too small": ("train_search_reid.py --set digits --height 32", "32 x 32"),
     "too small to train": (f"{TRAIN} --height 16 --arch REID_SEARCH", "16 x 32"),

@@ -674,3 +674,12 @@ def test_argmax_multiply_adds_are_those_of_the_derived_network(depth, searched):
         channels, blocks = network.derive()
         count = tas.multiply_adds(depth, channels, 7, blocks, (16, 8))
         assert network.argmax_multiply_adds((16, 8)).item() == pytest.approx(count, rel=1e-12)
+
+
+def test_a_network_for_other_images_has_the_target_in_proportion():
+    network = found.uniform(20, 0.5, 10, 16)
+    larger = network.on(10, 32)
+    whole = found.load("unpruned", 20, 10, 32).multiply_adds
+    assert larger.target == pytest.approx(0.5 * whole, abs=1e-4)
+    assert larger.on(10, 16).target == pytest.approx(network.target, abs=1e-4)
+    assert network.on(10, 16) == network
