@@ -178,7 +178,7 @@ class DiscreteNetwork(nn.Module):
         x: (N, 3, H, W). Raises ValueError where a map to be halved is odd, and where images are too
         small for the auxiliary head.
         """
-        x = in_layout(x, self.layout or (torch.channels_last if x.device.type == "cpu" else None))
+        x = in_layout(x, self.layout_on(x.device))
         s0, s1 = self.stem_states(x)
         logits_aux = None
         for i, cell in enumerate(self.cells):
@@ -186,6 +186,10 @@ class DiscreteNetwork(nn.Module):
             if i == 2 * self._layers // 3 and self._auxiliary and self.training:
                 logits_aux = self.auxiliary_head(s1)
         return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux
+
+    def layout_on(self, device):
+        """The memory format of all maps on this device; None: that of the images."""
+        return self.layout or (torch.channels_last if device.type == "cpu" else None)
 
     def leaves_out_nodes(self):
         """Whether the output of a cell does not depend on some node or input of it.

@@ -118,7 +118,7 @@ class FactorizedReduce(nn.Module):
             size = f"{x.shape[2]} x {x.shape[3]}"
             raise ValueError(f"a map of {size} cannot be halved: give images whose maps stay even")
         x = self.relu(x)
-        # Strided before the convolutions: oneDNN crashes at some strided 1x1 convolutions.
+        # Strided before the convolutions: docs/differences.md, 9.
         halves = [self.conv_1(x[:, :, ::2, ::2]), self.conv_2(x[:, :, 1::2, 1::2])]
         return self.bn(torch.cat(halves, dim=1))
 

@@ -23,6 +23,7 @@ from harness.distributed import is_main
 from harness.runs import Run, load_genotype
 from reid import PKBatches, RetrievalLoss, data, pictures
 from reid.flags import (
+    DIGITS,
     add_arguments,
     check_triplets,
     cross_entropy_weight,
@@ -30,13 +31,12 @@ from reid.flags import (
     parse_args,
     whole_numbers,
 )
-from reid.loader import Loader, reranked, retrieve
+from reid.loader import RANKS, Loader, reranked, retrieve
 from reid.model import RESNETS, multiply_adds
 from reid.trained import build
 
-DIGITS = dict(height=64, width=32, layers="1,1,1", init_channels=8, embedding=32, identities=10)
-DIGITS |= dict(instances=8, epochs=100, eval_freq=50, learning_rate=0.01, warm_up=5)
-DIGITS |= dict(milestones="60,85")
+ON_DIGITS = DIGITS | dict(instances=8, epochs=100, eval_freq=50, learning_rate=0.01, warm_up=5)
+ON_DIGITS |= dict(milestones="60,85")
 # Flags of the run that made the weights, which --test goes by.
 INHERITED = ("arch", "data", "set", "height", "width", "layers", "init_channels", "embedding")
 INHERITED += ("identities", "instances")  # the size of a batch: the same figures to the bit
@@ -59,7 +59,7 @@ def get_args():
         help="share of the target that is spread evenly over all identities")  # fmt: skip
     add("--no_erasing", action="store_true", help="cut nothing out of the images")
     add("--drop_path_prob", type=flags.fraction, default=0.0, help="at the end; grows from 0")
-    return parse_args(parser, DIGITS, INHERITED)
+    return parse_args(parser, ON_DIGITS, INHERITED)
 
 
 def main(args):
@@ -108,7 +108,7 @@ def main(args):
         lr = scheduler.get_last_lr()[0]
         figures = loops.train_epoch(train, model, criterion, optimizer, args, run, forward)
         distributed.broadcast(network.buffers())
-        tested = dict.fromkeys(("rank1", "rank5", "rank10", "rank20", "mAP"), math.nan)
+        tested = dict.fromkeys([*(f"rank{k}" for k in RANKS), "mAP"], math.nan)
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
             last = retrieve(network, people, args, device, run)
             tested = last.figures
@@ -195,7 +195,7 @@ def introduce(log, args, people, identities, genotype):
 
 
 def line(name, tested):
-    ranks = ", ".join(f"rank-{k} {tested[f'rank{k}']:.2f} %" for k in (1, 5, 10, 20))
+    ranks = ", ".join(f"rank-{k} {tested[f'rank{k}']:.2f} %" for k in RANKS)
     return f"{name}: mAP {tested['mAP']:.2f} %, {ranks}"
 
 

@@ -24,6 +24,7 @@ from harness import analysis, distributed, flags, loops, script, searches
 from harness.runs import Run
 from reid import PKBatches, RetrievalLoss, data
 from reid.flags import (
+    DIGITS,
     add_arguments,
     check_triplets,
     cross_entropy_weight,
@@ -34,8 +35,7 @@ from reid.loader import Loader
 from reid.model import ReIDNetwork, check_size
 from reid.supernet import Supernet
 
-DIGITS = dict(height=64, width=32, layers="1,1,1", init_channels=8, embedding=32, identities=10)
-DIGITS |= dict(instances=4, epochs=20)
+ON_DIGITS = DIGITS | dict(instances=4, epochs=20)
 
 
 def get_args():
@@ -51,7 +51,7 @@ def get_args():
     add("--first_order", action="store_true", help="leave the second-order term out")
     add("--plain", action="store_true", help="the cell as model_search.py has it: slower")
     add("--no_cuda_graph", action="store_true", help="launch every kernel of a step by itself")
-    return parse_args(parser, DIGITS)
+    return parse_args(parser, ON_DIGITS)
 
 
 def main(args):

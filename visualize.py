@@ -40,53 +40,61 @@ def main(args):
 
 
 def show(args):
-    args.what = list(dict.fromkeys(args.what))
-    folders = [Path(what) for what in args.what]
-    are_runs = [os.path.isfile(folder / "args.json") for folder in folders]  # a text is none
+    what = list(dict.fromkeys(args.what))
+    are_runs = [os.path.isfile(Path(each, "args.json")) for each in what]  # a text is none
     out = None if args.out is None else files.expanded(args.out)
-    if len(folders) > 1 and not all(are_runs):
-        what = folders[are_runs.index(False)]
-        raise utils.UserError(f"{what} is no run folder: several can be compared if all are")
-    if args.dot or not any(are_runs):
-        if args.animate:
-            hint = "leave --dot out" if args.dot else "give one"
-            raise utils.UserError(f"--animate takes the folder of a search: {hint}")
-        if len(folders) > 1:
-            raise utils.UserError("--dot takes one cell: give one")
-        if tas_pictures.is_network(args.what[0]) and not args.dot:
-            figure = tas_pictures.network(args.what[0])
-            print(drawing.save(figure, (out or Path()) / f"tas-network.{args.format or 'png'}"))
-            return
-        with utils.user_errors(genotypes.GenotypeError):
-            genotype = genotypes.load(args.what[0], ops=())
-        if args.dot:
-            print(drawing.dot(genotype))
-            return
-        stem = name_of(args.what[0])
-        for kind, figure in drawing.draw(genotype).items():
-            print(drawing.save(figure, (out or Path()) / f"{stem}-{kind}.{args.format or 'png'}"))
-        return
-    drawing.figures()
+    if len(what) > 1 and not all(are_runs):
+        other = what[are_runs.index(False)]
+        raise utils.UserError(f"{other} is no run folder: several can be compared if all are")
+    if not args.dot and any(are_runs):
+        show_runs(args, {Path(each).resolve(): Path(each) for each in what}.values(), out)
+    elif args.animate:
+        hint = "leave --dot out" if args.dot else "give one"
+        raise utils.UserError(f"--animate takes the folder of a search: {hint}")
+    elif len(what) > 1:
+        raise utils.UserError("--dot takes one cell: give one")
+    else:
+        show_cells(args, what[0], out or Path())
 
-    folders = list({folder.resolve(): folder for folder in folders}.values())
+
+def show_cells(args, what, out):
+    """The two cells, or the network of TAS, that `what` means."""
+    suffix = args.format or "png"
+    if tas_pictures.is_network(what) and not args.dot:
+        print(drawing.save(tas_pictures.network(what), out / f"tas-network.{suffix}"))
+        return
+    with utils.user_errors(genotypes.GenotypeError):
+        genotype = genotypes.load(what, ops=())
+    if args.dot:
+        print(drawing.dot(genotype))
+        return
+    for kind, figure in drawing.draw(genotype).items():
+        print(drawing.save(figure, out / f"{name_of(what)}-{kind}.{suffix}"))
+
+
+def show_runs(args, folders, out):
+    """The report of a run, or the comparison of several."""
+    drawing.figures()  # says at once that matplotlib is missing
+    folders = list(folders)
     runs = [report.read(folder) for folder in folders]
-    is_tas = len(runs) == 1 and runs[0].about["script"].endswith("_tas")
     if args.animate:
         if len(runs) > 1:
             raise utils.UserError("--animate takes one run: give one folder")
         print(plots.animate(runs[0], (out or folders[0]) / "cells.gif"))
-    if args.format and len(runs) == 1:
+    if len(runs) > 1:
+        print("\n\n".join(map(report.markdown, report.tables(runs))))
+        print(f"\n{report.compare(runs, (out or Path()) / 'comparison.html')}")
+        return
+    is_tas = runs[0].about["script"].endswith("_tas")
+    if args.format:
         more = tas_pictures.pictures(folders[0]) if is_tas else {}
         for title, (_, figure) in (report.pictures(runs[0]) | more).items():
             path = (out or folders[0]) / f"{report.file_name(title)}.{args.format}"
             print(drawing.save(figure, path))
     if is_tas:
         print(tas_pictures.write_report(folders[0], out and out / "report.html"))
-    elif len(runs) == 1:
-        print(report.write(runs[0], (out or folders[0]) / "report.html"))
     else:
-        print("\n\n".join(map(report.markdown, report.tables(runs))))
-        print(f"\n{report.compare(runs, (out or Path()) / 'comparison.html')}")
+        print(report.write(runs[0], (out or folders[0]) / "report.html"))
 
 
 def plot(genotype, filename):

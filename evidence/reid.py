@@ -10,9 +10,10 @@ ROOT/results.md, and every run's figures in ROOT/results.csv. What came out stan
 from harness import files, flags, protocol, script
 from reid.data import SETS
 from reid.flags import stages
+from reid.loader import RANKS
 
 NETWORKS = ("found", "REID_BASELINE", "REID_SPACE", "REID_SEARCH", "resnet18")
-FIGURES = ("mAP", "rank1", "rank5", "rank10", "rank20")
+FIGURES = ("mAP", *(f"rank{k}" for k in RANKS))
 
 
 def get_args():

@@ -247,12 +247,17 @@ def parse_args(parser):
     run of this script, and where a flag differs that is not one of FREE.
     """
     args = parser.parse_args()
-    if args.resume is None:
-        for name, other in NEEDS.items():
-            idle = hasattr(args, name) and not getattr(args, other)
-            if idle and getattr(args, name) != parser.get_default(name):
-                raise UserError(f"--{name} does nothing without --{other}: give both, or neither")
-        return _agreeing(args)
+    if args.resume is not None:
+        return _agreeing(_resumed(parser, args))
+    for name, other in NEEDS.items():
+        idle = hasattr(args, name) and not getattr(args, other)
+        if idle and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name} does nothing without --{other}: give both, or neither")
+    return _agreeing(args)
+
+
+def _resumed(parser, args):
+    """The flags of the run in the folder args.resume, with those of FREE that were given."""
     unset = object()
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     about, script = files.read_args(args.resume), files.script_name()
@@ -282,7 +287,7 @@ def parse_args(parser):
     free["detect_anomaly"] = args.detect_anomaly  # which nobody wants for the rest of a run
     if "device" in free or "gpu" in free:  # one takes the place of the other
         free = {"device": None, "gpu": None} | free
-    return _agreeing(argparse.Namespace(**vars(parser.parse_args([])) | free))
+    return argparse.Namespace(**vars(parser.parse_args([])) | free)
 
 
 def _agreeing(args):

@@ -50,7 +50,8 @@ class Run:
         self.write_report = write_report
         self.epochs, self.epoch_began, self.report_every = args.epochs, time.time(), args.report
         self.time_left_said = 0.0  # when the log last told how long it will take
-        self.minutes, self.saved_at, self.signal = args.save_every, time.monotonic(), 0
+        self.minutes, self.saved_at = args.save_every, time.monotonic()
+        self.signal, self.signalled_at = 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
         self.resumed = args.resume is not None
@@ -63,24 +64,10 @@ class Run:
             self._lock()
         if self.resumed:
             before = files.read_args(self.folder)
-            if before.get("classes") != about["classes"]:
-                raise UserError(f"{self.folder} learned other classes: give the data of the run")
-            if before.get("images", about.get("images")) != about.get("images"):
-                raise UserError(f"{self.folder} is of other images: give the data of the run")
-            if before.get("primitives", about.get("primitives")) != about.get("primitives"):
-                raise UserError(f"{self.folder} searches among {before['primitives']}: restore "
-                                "PRIMITIVES in genotypes.py")  # fmt: skip
-            self._restore(load_checkpoint(self.folder, self.log), args)
-        elif distributed.is_main():
-            _copy_scripts(self.folder / "scripts")
-            if genotype is not None:
-                files.write(self.folder / "genotype.json", genotypes.to_json(genotype).encode())
-            if begin is not None:
-                begin(self.folder)
-            # The last: from here on the folder is a run, which --resume takes.
-            files.write_args(self.folder, args, device=flags.describe(device), **_code(), **about)
-        if not self.resumed:
-            torch.manual_seed(args.seed + distributed.rank())  # drop path: each process its own
+            self._check_same_data(before, about)
+            self._restore(load_checkpoint(self.folder, self.log), before, args)
+        else:
+            self._begin(args, genotype, begin, about)
         processes = distributed.world_size()
         self.log.info("%s%s", flags.describe(device), f", {processes} processes" * (processes > 1))
         self.tensorboard = None
@@ -101,23 +88,45 @@ class Run:
             self.log.info("no lock on %s (%s): start no other process in it", self.folder,
                           error.strerror)  # fmt: skip
 
-    def _restore(self, state, args):
+    def _begin(self, args, genotype, begin, about):
+        """Fills the folder of a new run."""
+        if distributed.is_main():
+            _copy_scripts(self.folder / "scripts")
+            if genotype is not None:
+                files.write(self.folder / "genotype.json", genotypes.to_json(genotype).encode())
+            if begin is not None:
+                begin(self.folder)
+            device = flags.describe(self.device)
+            # The last: from here on the folder is a run, which --resume takes.
+            files.write_args(self.folder, args, device=device, **_code(), **about)
+        _seed(args)
+
+    def _check_same_data(self, before, about):
+        """UserError where what args.json tells of the data is not what this process has."""
+        if before.get("classes") != about["classes"]:
+            raise UserError(f"{self.folder} learned other classes: give the data of the run")
+        if before.get("images", about.get("images")) != about.get("images"):
+            raise UserError(f"{self.folder} is of other images: give the data of the run")
+        if before.get("primitives", about.get("primitives")) != about.get("primitives"):
+            raise UserError(f"{self.folder} searches among {before['primitives']}: restore "
+                            "PRIMITIVES in genotypes.py")  # fmt: skip
+
+    def _restore(self, state, before, args):
+        """Goes on from the checkpoint `state`, or None; before: what args.json tells."""
         if distributed.is_main():
             for path in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
                 path.unlink(missing_ok=True)
-        about, now = files.read_args(self.folder), torch.__version__
-        if about.get("torch") != now:
-            before = about.get("torch")
-            self.log.info("this is torch %s, the run began with %s: bits may differ", now, before)
-        before, now = about.get("device"), flags.describe(self.device)
-        if before != now:
-            self.log.info("the run began with: %s; bits may differ", before)
+        then, now = before.get("torch"), torch.__version__
+        if then != now:
+            self.log.info("this is torch %s, the run began with %s: bits may differ", now, then)
+        if before.get("device") != flags.describe(self.device):
+            self.log.info("the run began with: %s; bits may differ", before.get("device"))
         if state is None and (self.folder / "weights.pt").exists():
             raise UserError(f"{self.folder} has weights.pt and no checkpoint: begin a new run")
         if state is None:
             self.log.info("resumed %s: no checkpoint yet, from the beginning", self.folder)
             state = {"records": {}}
-            torch.manual_seed(args.seed + distributed.rank())
+            _seed(args)
         else:
             self._load(state, args)
         if distributed.is_main():
@@ -129,20 +138,17 @@ class Run:
             done = f"epoch {self.epoch} of {args.epochs}{steps}"
             self.log.info("resumed %s after %s", self.folder, done)
 
-    def _load(self, state, args):
-        path = self.folder / CHECKPOINT
-        epoch, unfinished = state.get("epoch"), state.get("unfinished")
-        if (
-            type(epoch) is not int
-            or not 0 <= epoch <= args.epochs
-            or (epoch, unfinished) == (0, None)
-        ):
+    def _check_fits(self, state, args):
+        """UserError where the checkpoint is of other epochs, flags or of another cell."""
+        path, epoch = self.folder / CHECKPOINT, state.get("epoch")
+        nothing = epoch == 0 and state.get("unfinished") is None
+        if type(epoch) is not int or not 0 <= epoch <= args.epochs or nothing:
             raise UserError(f"{path} does not fit the run's {args.epochs} epochs: begin a new run")
-        kept = state.get("args") if isinstance(state.get("args"), dict) else {}
+        its = state.get("args") if isinstance(state.get("args"), dict) else {}
         for name, value in self.args.items():
-            if kept.get(name, value) != value:
+            if its.get(name, value) != value:
                 raise UserError(
-                    f"{path} is of a run with {name} {kept[name]}, args.json of one with {value}: "
+                    f"{path} is of a run with {name} {its[name]}, args.json of one with {value}: "
                     "restore what was there"
                 )
         if state.get("genotype") != self.genotype:
@@ -150,6 +156,11 @@ class Run:
                 f"{path} is of {state.get('genotype')}, genotype.json of {self.genotype}: "
                 "restore the one that was there"
             )
+
+    def _load(self, state, args):
+        """The parts, values and random numbers of a checkpoint."""
+        self._check_fits(state, args)
+        path, epoch, unfinished = self.folder / CHECKPOINT, state["epoch"], state.get("unfinished")
         try:
             self.values = {name: state["values"][name] for name in self.values}
             for name, part in self.parts.items():
@@ -287,6 +298,11 @@ class Run:
         path = self.folder / CHECKPOINT
         files.save(state, path, previous=self.folder / PREVIOUS)
         script.unsaved_runs.clear()
+
+
+def _seed(args):
+    """At the start of a run: of drop path, each process its own."""
+    torch.manual_seed(args.seed + distributed.rank())
 
 
 def load_genotype(args):

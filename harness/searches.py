@@ -71,7 +71,8 @@ def introduce(log, args, model, measured=None):
 
 
 def report(run, args, lr, figures, model, held_out, imagenet=False):
-    """What an epoch gave, in the log and the run's files; the genotype is that after the epoch.
+    """What an epoch gave, in the log and the run's files; the genotype is that after the epoch
+    (docs/differences.md, 5).
 
     held_out: a loader of validation images, for --validate and --eigenvalue.
     """

@@ -117,7 +117,7 @@ def compile_cells(network, images, args, device, log):
     try:
         torch._dynamo.config.cache_size_limit = 64  # shapes of cells
         torch._dynamo.config.optimize_ddp = False  # it would split what is one cell
-        layout = network.layout or (torch.channels_last if device.type == "cpu" else None)
+        layout = network.layout_on(device)
         # PyTorch 2.14 forgets the layout of depthwise convolutions in the backward pass.
         options = {"force_layout_optimization": layout == torch.channels_last}
         compute = torch.compile(Cell.compute, dynamic=False, options=options)

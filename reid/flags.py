@@ -8,6 +8,9 @@ from utils import UserError
 
 from .data import SETS
 
+# The sizes that --set digits has where they are not given.
+DIGITS = dict(height=64, width=32, layers="1,1,1", init_channels=8, embedding=32, identities=10)
+
 
 def stages(text):
     """An argparse type: cells of each stage, as 2,2,2,2; the text as it is."""

@@ -17,6 +17,7 @@ from .rerank import rerank
 
 # Zhong et al., Random Erasing Data Augmentation, AAAI 2020; what is cut out is the mean colour.
 ERASING = v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.33))
+RANKS = (1, 5, 10, 20)  # at which a retrieval is told
 
 
 class Samples(Dataset):
@@ -138,7 +139,7 @@ class Found(NamedTuple):
 
     embeddings: list  # of the queries (Q, D), of the gallery (G, D)
     result: metrics.Retrieval
-    figures: dict  # rank1, rank5, rank10, rank20, mAP in percent
+    figures: dict  # rank1, ..., of RANKS, and mAP, in percent
     distances: object  # of a list of queries: their rows of the matrix
 
 
@@ -173,5 +174,5 @@ def _found(embeddings, people, evaluate):
         with user_errors(ValueError):
             result, distances = evaluate(*embeddings, *labels)
     result = distributed.on_main(lambda: result)
-    figures = {f"rank{k}": 100 * float(result.cmc[k - 1]) for k in (1, 5, 10, 20)}
+    figures = {f"rank{k}": 100 * float(result.cmc[k - 1]) for k in RANKS}
     return Found(embeddings, result, figures | {"mAP": 100 * result.mAP}, distances)

@@ -479,8 +479,7 @@ CASES = [(shlex.split(command), *words) for command, *words in COMMANDS]
 CASES += [(["train.py", "--set", "digits", "--arch", *arch], *words) for arch, *words in GENOTYPES]
 
 
-def test_the_table_is_long_and_covers_every_script():
-    assert len(CASES) >= 60
+def test_the_table_covers_every_script():
     scripts = {path.name for path in ROOT.glob("*.py") if "script.run(" in path.read_text()}
     assert {command[0] for command, *_ in CASES} == scripts
 
