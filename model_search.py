@@ -297,7 +297,8 @@ class Network(nn.Module):
     def resample(self):
         """Draws the C / k channels that each cell's operations take; to be called before each step.
 
-        Only with sampling="random" (docs/differences.md, 17). Returns the buffers that hold the draw, else [].
+        Only with sampling="random" (docs/differences.md, 17). Returns the buffers that hold the
+        draw, else [].
         """
         if self._arguments["sampling"] != "random":
             return []
