@@ -88,11 +88,12 @@ def watched(run):
     beta.set_title("entropy of softmax(beta)")
     skips.set_title("skip_connects")
     skips.yaxis.get_major_locator().set_params(integer=True)
+    skips.set_ylim(-0.1, 1.8 * max(1, skips.get_ylim()[1]))  # room for the legend
     line(cost, run.column("parameters_m"), "parameters (M)", GREEN)
     hundreds = [value / 100 for value in run.column("multiply_adds_m")]
     line(cost, hundreds, "multiply-adds (100 M)", RED)
     cost.set_title("derived network")
-    cost.set_ylim(0, 1.6 * max(cost.get_ylim()))  # room for the legend
+    cost.set_ylim(0, 1.6 * max(cost.get_ylim()))
     for axis in (alpha, beta):
         axis.ticklabel_format(axis="y", useOffset=False)
     for axis in (alpha, beta, skips, cost):
