@@ -54,7 +54,8 @@ def main(args):
         network = NetworkImageNet(
             args.init_channels, args.classes or classes, args.layers, args.auxiliary, genotype
         )
-        fewest = 2 if args.sync_bn else train.smallest()
+        fewest = distributed.fewest_on_one_device(train.smallest(), device, args)
+        fewest = 2 if args.sync_bn else fewest
         costs.check_size(network, args.input_size, fewest)
     macs = [
         costs.multiply_adds(network, args.input_size, paper=paper) / 1e6 for paper in (False, True)

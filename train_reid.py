@@ -81,7 +81,8 @@ def main(args):
     augment = dict(flip=args.set != "digits", erase=not args.no_erasing)
     train = Loader(people.train, labels, batches, size, device, args.workers, **augment)
 
-    network = build(args.arch, genotype, len(identities), vars(args), train.smallest())
+    fewest = distributed.fewest_on_one_device(train.smallest(), device, args)
+    network = build(args.arch, genotype, len(identities), vars(args), fewest)
     macs = multiply_adds(network, *size) / 1e6
     network.to(device)
     model = distributed.wrap(network, device, args)

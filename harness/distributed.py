@@ -249,6 +249,12 @@ def replicas(device, args):
     return max(1, torch.cuda.device_count()) if device.type == "cuda" and not chosen else 1
 
 
+def fewest_on_one_device(images, device, args):
+    """The fewest images that a device has in a step of this process with so many."""
+    chunk = math.ceil(images / replicas(device, args))  # as DataParallel parts them
+    return images % chunk or chunk
+
+
 def on_one_device(batch_size, device, args):
     """How many images of a step one device works on."""
     return math.ceil(part(batch_size) / replicas(device, args))

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import shlex
+import sys
+from pathlib import Path
 
 import torch
 
@@ -21,7 +23,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        name = Path(sys.argv[0]).name  # since Python 3.14 argparse says "python -m ...", too
+        super().__init__(name, description=description, formatter_class=_Help, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse; defaults, which may be of an args.json, must be among the choices, too."""
@@ -343,11 +346,14 @@ def same_data(args):
 
 
 def choose_device(args):
-    """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there."""
+    """The device of --device, else GPU number --gpu, else the CPU; UserError if it is not there.
+
+    An Apple GPU, mps, on request alone: nothing was run on one.
+    """
     if args.device is not None and args.gpu:
         raise UserError(f"--device {args.device} and --gpu {args.gpu}: give one of them")
     if args.device is None and not args.gpu and not torch.cuda.is_available():
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     name = f"cuda:{args.gpu or 0}" if args.device is None else args.device
     try:
         device = torch.device(name)
@@ -355,7 +361,7 @@ def choose_device(args):
             raise RuntimeError
     except RuntimeError:
         raise UserError(f"--device {name!r} is unknown: use cpu, cuda, cuda:1 or mps") from None
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
     if device.type != "cuda" and device.index:
         raise UserError(f"there is no {name}: use --device {device.type}")
     if device.type == "cuda" and (device.index or 0) >= gpus:
@@ -370,5 +376,6 @@ def describe(device):
     if device.type == "cuda":
         return f"device {device}: {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
-        return f"no GPU in use: running on the CPU, {torch.get_num_threads()} threads"
+        hint = " (--device mps tries the Apple GPU)" * torch.backends.mps.is_available()
+        return f"no GPU in use: running on the CPU, {torch.get_num_threads()} threads{hint}"
     return f"device {device}"

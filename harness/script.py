@@ -45,7 +45,12 @@ def run(main, get_args):
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # PyTorch raises it anywhere
             why = "a process that reads images died, of too little memory perhaps"
-            sys.exit(_fail(f"{why}: lower --workers or --batch_size; go on with --resume", 2))
+            hint = "lower --workers or --batch_size, in a container raise its --shm-size"
+            sys.exit(_fail(f"{why}: {hint}; go on with --resume", 2))
+        if re.search("no kernel image|busy or unavailable", str(error)):
+            why = str(error).split("\n")[0]
+            hint = "give --device cpu, or install a PyTorch for this GPU"
+            sys.exit(_fail(f"this PyTorch cannot use the GPU ({why}): {hint}", 2))
         if "can't allocate memory" in str(error):
             sys.exit(_fail(_out_of_memory(args), 2))
         if "returned nan values" in str(error):  # of --detect_anomaly, which warned where

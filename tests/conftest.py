@@ -1,11 +1,22 @@
 """What tests of several files are given."""
 
 import logging
+import os
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    """Hides GPUs from all tests but those marked gpu, and from the scripts that they start."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Else a driver that is too old is a line more on stderr.
+    own = ["ignore:CUDA initialization:UserWarning", os.environ.get("PYTHONWARNINGS")]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, own))
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 @functools.cache
 def warm_python():
     """The words before a script's: a Python that has torch imported already (warm.py)."""
-    if not hasattr(os, "pidfd_open"):  # no Linux
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # no Linux, an old one, a sandbox
         return [sys.executable]
-    folder = tempfile.mkdtemp(prefix="warm-")
+    folder = tempfile.mkdtemp(prefix="warm-", dir="/tmp")  # the name of a socket must be short
     warm, socket = ROOT / "tests" / "warm.py", Path(folder, "socket")
     server = subprocess.Popen([sys.executable, warm, "--serve", socket], stdin=subprocess.PIPE)
 

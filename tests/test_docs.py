@@ -12,8 +12,13 @@ TEXTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 def tracked():
     """The files that git tracks, and their folders; in a copy without git those that are there."""
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    names = done.stdout.split("\n") if done.returncode == 0 else map(str, ROOT.rglob("*"))
+    try:
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+        names = done.stdout.split("\n")
+    except OSError:  # there is no git
+        names = [""]
+    if not any(names):
+        names = map(str, ROOT.rglob("*"))
     files = {(ROOT / name).resolve() for name in names if name}
     return files | {folder for file in files for folder in file.parents if ROOT in folder.parents}
 

@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import random
 import subprocess
 import time
@@ -188,7 +189,7 @@ def play(text, cwd):
     (cwd / "script.py").write_text(text)
     done = subprocess.run(
         [*warm_python(), "script.py"], cwd=cwd, capture_output=True, text=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -300,8 +300,11 @@ def test_splits_that_do_not_fit(root, tmp_path, change, words):
 @pytest.mark.parametrize("name", [b"\xff\xfe.jpg", "caf\u2028\u00e9 1.jpg".encode(), b"a\x0bb.jpg"])
 def test_odd_names_are_written_and_read(root, tmp_path, name):
     folder = os.fsencode(root / "imagenet" / "train" / "owl")
-    for i in range(2):
-        os.rename(os.path.join(folder, b"%d.jpg" % i), os.path.join(folder, b"%d" % i + name))
+    try:
+        for i in range(2):
+            os.rename(os.path.join(folder, b"%d.jpg" % i), os.path.join(folder, b"%d" % i + name))
+    except OSError:
+        pytest.skip("this file system takes no such name")
     parts = imagenet.load_search(root)
     imagenet.write_split(parts, tmp_path)
     lists = [tmp_path / name for name in imagenet.SPLIT]

@@ -1,5 +1,6 @@
 """The ImageNet scripts as processes, alone and under torchrun, killed and resumed."""
 
+import contextlib
 import csv
 import io
 import json
@@ -136,9 +137,14 @@ def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
     command = f"train_search_imagenet.py {SEARCH} --epochs 3 --sync_bn --save {name}"
     process = start(command, cwd, 2)
 
-    def a_rank():
-        command = ["pgrep", "-nf", "--", f"--save {name}"]  # the newest is none but a rank
-        return int(subprocess.run(command, capture_output=True, text=True).stdout)
+    def a_rank():  # the newest process with this command, which is none but a rank
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"--save\0{name}\0".encode() in path.read_bytes():
+                    _, after_name = path.with_name("stat").read_text().rsplit(")", 1)
+                    found.append((int(after_name.split()[19]), int(path.parent.name)))  # its start
+        return max(found)[1]
 
     output = kill_after(process, "epoch 2 of 3", a_rank)
     assert process.returncode == 1
@@ -229,7 +235,7 @@ def test_the_layout_is_measured_before_norms_wait_for_other_processes(cwd, tmp_p
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from harness import tuning\nimport train_imagenet\n"
         "tuning.MEASURED_ON = ('cpu',)\n"
-        "train_imagenet.main(train_imagenet.get_args())\n"
+        "if __name__ == '__main__':\n    train_imagenet.main(train_imagenet.get_args())\n"
     )
     (tmp_path / "forced.py").write_text(program)
     flags = f"{TRAIN} --epochs 1 --sync_bn --save forced"

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -436,7 +437,8 @@ def test_weights_that_are_cut_are_written_again(whole, tmp_path):
 
 def test_streams_that_are_closed(tmp_path):
     """As some schedulers start a run; a signal still saves."""
-    command = f"exec {sys.executable} {ROOT}/{TRAIN} --save mute --epochs 99 >&- 2>&-"
+    command = f"exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/{TRAIN}"
+    command += " --save mute --epochs 99 >&- 2>&-"
     process = subprocess.Popen(["bash", "-c", command], cwd=tmp_path)
     for _ in range(600):
         if list(tmp_path.glob("eval-mute-*/checkpoint.pt")):

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import statistics
@@ -346,7 +347,7 @@ def test_without_matplotlib_scripts_run_and_say_what_to_install(tmp_path):
     def script(name, flags):
         return subprocess.run(
             [sys.executable, "-c", code.format(name, flags)], cwd=tmp_path, capture_output=True,
-            text=True, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin"},
+            text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
         )  # fmt: skip
 
     small = "--set digits --epochs 1 --layers 3 --init_channels 8 --batch_size 300 --input_size 8"

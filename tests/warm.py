@@ -21,7 +21,7 @@ def client(path, words):
     import time
 
     with socket.socket(socket.AF_UNIX) as server:
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 server.connect(path)
                 break
@@ -30,14 +30,19 @@ def client(path, words):
         request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
         socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
         server.sendall(request)
-        process = int.from_bytes(server.recv(8), "big")
+        process = int.from_bytes(read(server), "big")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, lambda number, _: os.kill(process, number))
-        status = int.from_bytes(server.recv(8), "big")
+        status = int.from_bytes(read(server), "big")
     if os.WIFSIGNALED(status):
         signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def read(server):
+    answer = server.recv(8)
+    return answer or sys.exit("the warm Python has died")
 
 
 def reap(*_):
