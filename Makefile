@@ -6,12 +6,14 @@
 # make gpu    all that needs a CUDA GPU: tests, benchmark, a short search; gpu-report.md
 # make clean  remove the virtual environment and the caches; runs stay
 #
-# The first of them makes a virtual environment in .venv with all that is needed in it.
+# The first of them makes a virtual environment in .venv with all that is needed in it; the tests
+# install more (requirements-dev.txt) than the demo (requirements.txt).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
+READY_DEV = $(VENV)/.installed-dev
 
 RUNS ?= runs
 SEARCH_FLAGS ?= --set digits --layers 5 --epochs 8 --begin 3 --batch_size 64
@@ -38,27 +40,31 @@ demo: $(READY)
 test: lint  # two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(READY)
+lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-slow: $(READY)
+slow: $(READY_DEV)
 	$(BIN)/python -m pytest -m slow
 
 evidence: $(READY)
 	@echo "In the published sizes about 27 GPU days ($(EVIDENCE_COST))."
 	$(BIN)/python -m evidence.cells --root $(RUNS)/cells $(EVIDENCE_FLAGS)
 
-gpu: $(READY)  # docs/gpu.md
+gpu: $(READY_DEV)  # docs/gpu.md
 	$(BIN)/python tests/gpu.py gpu-report.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): $(wildcard requirements*.txt)
+$(READY_DEV): $(READY) $(wildcard requirements*.txt)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+$(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 2; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements.txt
 	@touch $@
