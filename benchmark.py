@@ -122,7 +122,10 @@ def search(args):
         frozen = statistics.median(times[way, "alphas and betas frozen"])
         whole = FROZEN * frozen + (EPOCHS - FROZEN) * figures["median, s"]
         minutes = whole * IMAGES / args.batch_size / 60
-        rows.append(figures | {"whole search, minutes": minutes if "order" in order else None})
+        figures["whole search, minutes"] = minutes if "order" in order else None
+        if args.device.type == "cuda":  # all ways keep theirs at once: memory may not suffice
+            figures["CUDA graphs"] = steps[way, order].graphs()
+        rows.append(figures)
     return rows
 
 
@@ -130,7 +133,7 @@ def train(args):
     """Steps of the discrete network: in NCHW against ours, channels_last."""
     size = args.batch_size if args.device.type == "cuda" else max(1, args.batch_size // 4)
     plain, ours = (NetworkCIFAR(36, 10, 20, False, genotypes.PCDARTS) for _ in range(2))
-    plain.layout = torch.contiguous_format
+    plain.layout, ours.layout = torch.contiguous_format, torch.channels_last
     x, y = batch(args, size)
     steps = {}
     for name, network in {"plain": plain, "ours": ours}.items():
@@ -176,16 +179,16 @@ def files(args):
         }  # fmt: skip
         parts = {name: images.transformed(transform) for name, transform in transforms.items()}
         steps = {name: lambda p=part: [p[i, i] for i in range(n)] for name, part in parts.items()}
-        loader = imagenet.Loader(
-            parts["decode, crop, flip, colour jitter (training)"], n // 2, args.device, workers,
-            shuffle=True,
+        loader = imagenet.Loader(  # of whole epochs, in which every worker has some eight batches
+            parts["decode, crop, flip, colour jitter (training)"],
+            max(1, len(images) // (8 * workers)), args.device, workers, shuffle=True,
         )  # fmt: skip
         all_cores = f"imagenet.Loader, {workers} workers (training)"
-        steps[all_cores] = partial(take, loader.forever(), 16)
+        steps[all_cores] = partial(take, loader.forever(), len(loader))
         times = in_turns(steps, args)
     rows = []
     for name, seconds in times.items():
-        count = 16 * (n // 2) if name == all_cores else n
+        count = len(images) if name == all_cores else n
         rate = count / statistics.median(seconds)
         rows.append({"step": name, "ms per image": 1e3 / rate, "images per second": rate})
     return rows
@@ -279,6 +282,12 @@ def searching_step(network, train, valid, unrolled, released=False, amp=False):
         held_out = None if unrolled is None else next(valid)
         search_step(next(train), held_out, weights, gradients, architect, optimizer, args)
 
+    def graphs():
+        both = gradients, architect.gradients
+        reasons = [each.reason for each in both if each.reason is not None]
+        return reasons[0] if reasons else "yes" if any(each.captured for each in both) else "no"
+
+    step.graphs = graphs
     return step
 
 

@@ -7,6 +7,7 @@ give logits (N, classes), those of a run of train_reid.py embeddings (N, D): no 
 path or batch statistics. Needs onnx, onnxscript and onnxruntime (requirements-export.txt).
 """
 
+import io
 import statistics
 import warnings
 from pathlib import Path
@@ -123,7 +124,9 @@ def write(network, size, gives, exported_path, onnx_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
-        torch.export.save(program, exported_path)
+        content = io.BytesIO()
+        torch.export.save(program, content)  # to a path its errors are no OSError
+        files.write(exported_path, content.getvalue())
         program = torch.onnx.export(
             network, (images,), dynamo=True, dynamic_shapes=shapes, input_names=["images"],
             output_names=[gives], verbose=False,

@@ -22,6 +22,10 @@ def start(args):
     """
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")):
         return flags.choose_device(args)
+    if "MASTER_PORT" not in os.environ:
+        raise utils.UserError(
+            "MASTER_ADDR is set and MASTER_PORT is not: set both, as torchrun does"
+        )
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or args.gpu:
         raise utils.UserError(
@@ -32,7 +36,13 @@ def start(args):
     device = flags.choose_device(SimpleNamespace(device=name, gpu=0))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except dist.DistError as error:
+        why = str(error).split("\n")[0][:200]
+        raise utils.UserError(
+            f"the other processes cannot be reached ({why}): start them"
+        ) from None
     _cpu_group.append(dist.new_group(backend="gloo"))
     return device
 

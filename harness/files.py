@@ -153,11 +153,12 @@ def write(path, content, previous=None):
         if previous is not None and path.exists():
             path.replace(previous)
         beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new names too
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):  # of file systems that sync no folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new names too
+            finally:
+                os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)

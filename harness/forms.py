@@ -72,7 +72,7 @@ def measure(model, args, device, shape):
             error = _time(name, model, args, device, shape, graphs, times, failed)
             costs.forget(device)
             if error is not None:
-                failed[name, False] = error
+                failed[name, (name, False) in times] = error
     if not times:
         raise next(iter(failed.values()))
     fastest, seconds = min(times, key=times.get), time.perf_counter() - start

@@ -137,14 +137,17 @@ def thinned(folder, root, train_every, test_every):
     Raises UserError where `folder` has no train folder, or neither test nor val, and where the
     links that are there lead to other data.
     """
-    folder, subset = files.expanded(folder), Path(root, f"data-{train_every}-{test_every}")
+    folder = Path(os.path.abspath(files.expanded(folder)))
+    subset = Path(root, f"data-{train_every}-{test_every}")
     test = "test" if (folder / "test").is_dir() else "val"
     for half in ("train", test):
         if not (folder / half).is_dir():
             raise UserError(f"{folder} has no {half} folder: give the data of the set")
     for link in subset.glob("*/*/*"):
-        if link.exists() and folder.resolve() not in link.resolve().parents:
-            raise UserError(f"{subset} is of other data, {link.resolve()}: give another --root")
+        target = Path(os.readlink(link)) if link.is_symlink() else link
+        within = folder in target.parents or folder.resolve() in target.resolve().parents
+        if link.exists() and not within:
+            raise UserError(f"{subset} is of other data, {target}: give another --root")
     for half, n in (("train", train_every), (test, test_every)):
         classes = imagefiles.class_names(folder / half)
         samples = sorted(imagefiles.image_files(folder / half, classes))  # by class, then by name
@@ -156,5 +159,5 @@ def thinned(folder, root, train_every, test_every):
                 link = links / "-".join(name.parts)  # of subfolders, too
                 if not link.exists():
                     link.unlink(missing_ok=True)  # to an image that has moved
-                    link.symlink_to(Path(path).resolve())
+                    link.symlink_to(os.path.abspath(path))
     return subset

@@ -243,7 +243,8 @@ def groups(runs):
 
 
 def mean(values, digits=2):
-    """As text: mean, and standard deviation of several."""
+    """As text: mean, and standard deviation of several; of those that are numbers."""
+    values = [value for value in values if not math.isnan(value)]
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -51,7 +51,7 @@ def run(main, get_args):
             why = str(error).split("\n")[0]
             hint = "give --device cpu, or install a PyTorch for this GPU"
             sys.exit(_fail(f"this PyTorch cannot use the GPU ({why}): {hint}", 2))
-        if "can't allocate memory" in str(error):
+        if re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)):
             sys.exit(_fail(_out_of_memory(args), 2))
         if "returned nan values" in str(error):  # of --detect_anomaly, which warned where
             sys.exit(_fail(f"{error} The forward call is shown above: mend it there", 2))
@@ -76,8 +76,8 @@ def keep_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, most = -1, -3, 2**31 - 1  # of malloc.h; an int
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # which musl does not have
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, most)
+        # An old glibc takes 32 MiB at most. Without the first the second would do harm.
+        if mallopt and (mallopt(M_MMAP_THRESHOLD, most) or mallopt(M_MMAP_THRESHOLD, 2**25)):
             mallopt(M_TRIM_THRESHOLD, most)
 
 

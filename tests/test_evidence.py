@@ -353,6 +353,14 @@ def test_links_to_other_data_are_not_mixed(tmp_path):
                 path.write_text(name)
     subset = protocol.thinned(tmp_path / "one", tmp_path / "root", 2, 2)
     assert len(list(subset.glob("val/*/*"))) == 2
+    (tmp_path / "moved").mkdir()
+    for half in ("train", "val"):  # links themselves, to another place
+        shutil.move(tmp_path / "one" / half, tmp_path / "moved" / half)
+        (tmp_path / "one" / half).symlink_to(tmp_path / "moved" / half)
+    (tmp_path / "alias").symlink_to(tmp_path / "one")
+    for folder in ("one", "alias", "one"):
+        assert protocol.thinned(tmp_path / folder, tmp_path / "root", 2, 2) == subset
+        protocol.thinned(tmp_path / folder, tmp_path / "anew", 2, 2)
     with pytest.raises(UserError, match="is of other data"):
         protocol.thinned(tmp_path / "other", tmp_path / "root", 2, 2)
 
