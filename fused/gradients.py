@@ -69,12 +69,14 @@ class Gradients:
                 return self._compute(wanted, input, target, scale)
         self.captured[key].replays += 1
         loss, logits, gradients = _replay(self.captured[key].entry, input, target)
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(loss.dtype)  # of another type it would be a launch for each gradient
         # The next replay overwrites them.
         return loss.clone(), logits.clone(), list(torch._foreach_mul(gradients, scale))
 
     def graphed(self, input):
-        synchronized = getattr(self.model, "sync_bn", False)  # messages within the pass
-        return self.graphs and input.device.type == "cuda" and not synchronized
+        waits = getattr(self.model, "sync_bn", False) or torch.is_anomaly_enabled()  # in the pass
+        return self.graphs and input.device.type == "cuda" and not waits
 
     def _snapshot(self):
         """Of the modules that a graph has taken as they were."""

@@ -19,12 +19,15 @@ class Snapshot:
         self.dicts += hooks(vars(torch_module), "_global")
         for module in modules:
             self.dicts += [module._modules, *hooks(vars(module))]
-        self.owners = [d for module in modules for d in (module._parameters, module._buffers)]
-        self.owners *= tensors
+        owners = [d for module in modules for d in (module._parameters, module._buffers)] * tensors
+        self.owners = [d for d in owners if d]
+        every = self.dicts + owners
+        # Most are empty, as of hooks: to see that they still are is faster than to compare them.
+        self.empty, self.dicts = [d for d in every if not d], [d for d in every if d]
         self.kept, self.places = [dict(d) for d in self._now()], self._places()
 
     def _now(self):
-        return self.dicts + [_attributes(module) for module in self.modules] + self.owners
+        return self.dicts + [_attributes(module) for module in self.modules]
 
     def _places(self):
         return [v is not None and v.data_ptr() for d in self.owners for v in d.values()]
@@ -33,7 +36,8 @@ class Snapshot:
         """Whether nothing of it has changed."""
         try:
             return (
-                self._now() == self.kept
+                not any(self.empty)
+                and self._now() == self.kept
                 and list(map(type, self.modules)) == self.types
                 and self._places() == self.places
             )

@@ -145,7 +145,8 @@ def thinned(folder, root, train_every, test_every):
             raise UserError(f"{folder} has no {half} folder: give the data of the set")
     for link in subset.glob("*/*/*"):
         target = Path(os.readlink(link)) if link.is_symlink() else link
-        within = folder in target.parents or folder.resolve() in target.resolve().parents
+        both = target, target.resolve()
+        within = any(f in t.parents for f in (folder, folder.resolve()) for t in both)
         if link.exists() and not within:
             raise UserError(f"{subset} is of other data, {target}: give another --root")
     for half, n in (("train", train_every), (test, test_every)):

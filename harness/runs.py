@@ -289,8 +289,10 @@ class Run:
         state["records"] = {name: path.read_text() for name in RECORDS
                             if (path := self.folder / name).exists()}  # fmt: skip
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        for name, tensor in state["model"].items():
-            if not torch.isfinite(tensor).all():
+        tensors = state["model"]
+        finite = torch.stack([torch.isfinite(t).all() for t in tensors.values()]).tolist()
+        for name, fine in zip(tensors, finite, strict=True):  # a GPU is waited for once
+            if not fine:
                 raise UserError(
                     f"{name} is NaN or infinite in epoch {self.epoch + (unfinished is not None)}: "
                     "lower --learning_rate; the checkpoint before was left as it is"

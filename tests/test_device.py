@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -140,6 +141,7 @@ TYPES = {"float64": torch.float64, "float32": torch.float32}
 CASES_ON_GPU = itertools.product(CASES, flags.FORMS, (False, True), TYPES, ["cuda"])
 CASES_ON_CPU = [*itertools.product(["cifar_k4"], flags.FORMS, [False], TYPES, ["cpu"])]
 CASES_ON_CPU += [("cifar_k4", "fused-contiguous", True, "float64", "cpu")]
+CASES_ON_CPU += [(case, "fused", False, "float32", "cpu") for case in ("imagenet_k2", "darts_k1")]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,15 @@ def test_a_graph_is_on_the_device_of_its_input(record_property):
 
 
 @GPU
-def test_a_capture_that_fails_leaves_the_stream_and_goes_on(said):
+def test_a_capture_that_fails_leaves_the_stream_and_goes_on():
+    """In a process of its own, which a failed capture leaves damaged in some versions of torch."""
+    process = multiprocessing.get_context("spawn").Process(target=a_capture_that_fails)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def a_capture_that_fails():
     """A criterion that waits for the GPU cannot be captured."""
     network = supernet(device="cuda")
     gradients = Gradients(
@@ -379,7 +389,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_goes_on(said):
     for _ in range(Gradients.WARM_UP + 3):
         loss = gradients(network.weights(), x, y)[0]
     near(loss, network._loss(x, y), 1e-9)
-    assert "no CUDA graph" in said.text and not gradients.graphs
+    assert gradients.reason and not gradients.graphs
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
