@@ -411,7 +411,7 @@ WEIGHTS = [
     (f"{TEST} other.pt", "stem.0.weight"),
     (f"{TEST} empty", "empty"),
     ("test.py --model_path search", "train.py --arch"),
-    ("test.py --model_path lonely/weights.pt", "give --arch NAME"),
+    ("test.py --model_path lonely/weights.pt --set digits", "of another network"),
     # More of these four in test_tas_scripts.py and test_reid_scripts.py.
     ("train_search_tas.py --set digits --depth 21", "6n + 2"),
     ("train_tas.py --set digits --arch nowhere", "cannot read 'nowhere'"),

@@ -132,6 +132,7 @@ def test_training_in_one_process_and_its_resume(cwd):
     assert f"after the last epoch: {float(last['val_top1']):.2f} %" in whole.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_search_under_torchrun_is_killed_and_goes_on_with_three(cwd):
     name = f"two-of-{os.getpid()}"  # which no other process on this machine has
     command = f"train_search_imagenet.py {SEARCH} --epochs 3 --sync_bn --save {name}"

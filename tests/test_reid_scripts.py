@@ -121,6 +121,7 @@ def test_a_training(whole):
     assert rates == pytest.approx([0.001, 0.01, 0.01])
 
 
+@pytest.mark.slow
 def test_a_resnet_to_compare_with(whole, tmp_path):
     output = run(f"{TRAIN} --epochs 1 --arch resnet18 --save_every 10", tmp_path)
     folder = only(tmp_path, "eval-*")
