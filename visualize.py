@@ -98,13 +98,13 @@ def show_runs(args, folders, out):
 
 
 def plot(genotype, filename):
-    """Draws a cell, a list of (op, input) edges, to `filename`.pdf, or as its suffix says.
+    """Draws a cell, a list of (op, input) edges, to `filename`.pdf, or a .png or .svg if it is one.
 
     The call of DARTS's scripts: plot(genotypes.DARTS.normal, "normal"). Every node is in the
     output. Returns the path; raises UserError where matplotlib is missing or it cannot be written.
     """
     path = Path(filename)
-    if path.suffix not in (".pdf", ".png", ".svg"):
+    if path.suffix.lower() not in (".pdf", ".png", ".svg"):
         path = path.with_name(path.name + ".pdf")
     nodes = range(2, 2 + len(genotype) // 2)
     return drawing.save(drawing.draw_cell(list(genotype), nodes), path)

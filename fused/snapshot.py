@@ -8,8 +8,9 @@ HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwar
 class Snapshot:
     """What a call of these modules depends on, but for the values of tensors.
 
-    Types, functions of classes, attributes, children and hooks; with tensors=True also which
-    tensors they have, and where in memory. more: further types.
+    Types, functions of classes, attributes (not what is inside of a list or another object),
+    children and hooks; with tensors=True also which tensors they have, and where in memory. more:
+    further types.
     """
 
     def __init__(self, modules, more=(), tensors=False):

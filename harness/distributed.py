@@ -40,9 +40,10 @@ def start(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except dist.DistError as error:
         why = str(error).split("\n")[0][:200]
-        raise utils.UserError(
-            f"the other processes cannot be reached ({why}): start them"
-        ) from None
+        hint = f"the other processes cannot be reached ({why}): start them"
+        if "EADDRINUSE" in why:
+            hint = f"MASTER_PORT {os.environ['MASTER_PORT']} is in use: set another"
+        raise utils.UserError(hint) from None
     _cpu_group.append(dist.new_group(backend="gloo"))
     return device
 

@@ -17,7 +17,7 @@ from harness.flags import FORMS
 from model_search import Network
 
 MEASURED_ON = GRAPHS_ON = ("cuda",)
-ROUNDS = 3  # timed steps
+ROUNDS = 3  # timed, of a few steps each
 
 
 def choose(model, args, device, shape):
@@ -65,7 +65,8 @@ def measure(model, args, device, shape):
     if args.recompute and not without:
         names = [name for name in names if name.startswith("fused")]
     graphs = device.type in GRAPHS_ON and not args.no_cuda_graph
-    graphs = graphs and not getattr(args, "sync_bn", False)  # see fused.Gradients
+    waits = getattr(args, "sync_bn", False) or torch.is_anomaly_enabled()
+    graphs = graphs and not waits  # see fused.Gradients
     times, failed = {}, {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for name in names:
@@ -156,7 +157,7 @@ class Steps:
 
 
 def seconds(steps, device):
-    """The seconds of a step: of some in a row the least of ROUNDS, after one that is not counted.
+    """The seconds of a step: the least of ROUNDS, each of some steps, after one step not counted.
 
     In a row on a GPU, as in a run: Python goes ahead there.
     """

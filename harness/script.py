@@ -47,10 +47,12 @@ def run(main, get_args):
             why = "a process that reads images died, of too little memory perhaps"
             hint = "lower --workers or --batch_size, in a container raise its --shm-size"
             sys.exit(_fail(f"{why}: {hint}; go on with --resume", 2))
-        if re.search("no kernel image|busy or unavailable", str(error)):
-            why = str(error).split("\n")[0]
-            hint = "give --device cpu, or install a PyTorch for this GPU"
-            sys.exit(_fail(f"this PyTorch cannot use the GPU ({why}): {hint}", 2))
+        if "busy or unavailable" in str(error):
+            hint = "wait for it, or take another with --gpu, or --device cpu"
+            sys.exit(_fail(f"the GPU is busy or unavailable: {hint}", 2))
+        if "no kernel image" in str(error):
+            hint = "give --device cpu, or install a PyTorch for it"
+            sys.exit(_fail(f"this PyTorch has no kernels for the GPU: {hint}", 2))
         if re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)):
             sys.exit(_fail(_out_of_memory(args), 2))
         if "returned nan values" in str(error):  # of --detect_anomaly, which warned where

@@ -373,7 +373,8 @@ def test_a_graph_is_on_the_device_of_its_input(record_property):
 @GPU
 def test_a_capture_that_fails_leaves_the_stream_and_goes_on():
     """In a process of its own, which a failed capture leaves damaged in some versions of torch."""
-    process = multiprocessing.get_context("spawn").Process(target=a_capture_that_fails)
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=a_capture_that_fails, daemon=True)
     process.start()
     process.join(300)
     assert process.exitcode == 0
