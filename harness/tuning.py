@@ -19,7 +19,7 @@ def choose_layout(network, images, args, device):
     """Sets network.layout as --layout says; returns what args.json keeps of it.
 
     auto: the network's own, or on a GPU the faster of both, except with --deterministic, where
-    nothing depends on a clock; a resumed run has what it began with. images: (number in a step, side).
+    nothing depends on a clock; a resumed run has what it began with. images: (number, side).
     """
     if args.layout != "auto":
         network.layout = LAYOUTS[args.layout]
