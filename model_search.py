@@ -263,7 +263,7 @@ class Network(nn.Module):
         """
         cells = []
         for kind in KINDS:
-            alphas = self.op_weights(kind).cpu()  # (E, ops), softmax(alpha)
+            alphas = self.op_weights(kind).cpu().clone()  # (E, ops), softmax(alpha)
             betas = self.edge_weights(kind).cpu()
             gene = self._derive(alphas * betas[:, None])
             while kind == "normal" and max_skip is not None:

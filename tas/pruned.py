@@ -12,7 +12,8 @@ class PrunedNetwork(nn.Module):
     channels: `depth` integers, 3 and then each convolution's (the stem's, conv_a's and conv_b's of
     every block); shapes.full_channels(depth) is the unpruned network. blocks: how many of each
     stage stay, from 1, None for all; dropped blocks keep their places in `channels`. H and W are
-    multiples of 4. Raises ValueError for widths that are not in the search space.
+    multiples of 4. Raises ValueError for widths that are not in the search space, and for blocks
+    that are not there.
     """
 
     def __init__(self, depth, channels, num_classes, blocks=None):
