@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused.convolutions import Depthwise, factorized_kernel, halve, identity, layout
+from fused.convolutions import Depthwise, Pointwise, factorized_kernel, halve, identity, layout
 from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.plan import Plan, constants
 from fused.pools import HalvedMax, WidePools
@@ -103,24 +103,32 @@ def is_transformed(*tensors):
     )
 
 
+def autocast_dtype(kind):
+    """The type in which convolutions compute on such a device where autocast is on, or None."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def preprocess(block, x):
     """block(x), a ReLUConvBN or FactorizedReduce, with a ReLU that is made once for all readers."""
     relu = shared(x.relu, None, x)
     if isinstance(block, ReLUConvBN):
-        return block.op[1:](relu)
+        conv, norm = block.op[1:]
+        dtype = autocast_dtype(relu.device.type) or relu.dtype
+        return norm(Pointwise.apply(relu.to(dtype), conv.weight))
     return block.bn(halve(relu, factorized_kernel(block.conv_1.weight, block.conv_2.weight)))
 
 
 def side_by_side(tensors):
     """The tensors (N, ..., H, W) in as few tensors as may be, along channels, in this order.
 
-    None of 32 MiB or more: glibc gives these back to the system at once, and a new one costs a page
-    fault for every 4 KiB, more than what is computed with it.
+    None of 8 MiB or more: copying a large map takes longer than the calls that it saves.
     """
     groups, size = [], 0
     for tensor in tensors:
         size += tensor.nbytes
-        if not groups or size >= 2**25:
+        if not groups or size >= 2**23:
             groups.append([])
             size = tensor.nbytes
         groups[-1].append(tensor)
@@ -167,9 +175,7 @@ class FastForward:
         bfloat16, in which the statistics are lost.
         """
         sizes = (len(self._ops), len(self._ops[0]._ops)), (len(self._ops),)
-        dtypes, device = {weights.dtype, betas.dtype}, weights.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
+        dtypes = weights.dtype, betas.dtype, autocast_dtype(weights.device.type)
         if torch.float16 in dtypes or weights.dtype in (torch.float16, torch.bfloat16):
             return False
         if weights.dtype != betas.dtype:
@@ -206,6 +212,7 @@ class FastForward:
         c = states[0].shape[1] // k
         kernels = plan.kernels()
         eye = identity(c, self._dtype(), s1.device)
+        matrices = plan.pointwise([W.shape[1] for W, _ in mixtures], eye)
         if self.training:
             moments = Moments(self._fraction(s1), self.total)
             statistics = [moments] * len(waves)  # the same: each wave adds its own
@@ -220,7 +227,8 @@ class FastForward:
             x = torch.cat([selected for selected, _ in parts], 1)  # (N, S * c, H, W)
             kind = "cpu" if x.is_meta else x.device.type
             with torch.autocast(kind, enabled=False):  # _mix computes in the type of x, or float32
-                mixed = self._mix(mixed, x, plan, w, kernels[w], mixtures[w], statistics[w], eye)
+                of_wave = kernels[w], matrices[w], mixtures[w], statistics[w]
+                mixed = self._mix(mixed, x, plan, w, *of_wave)
             for o in kinds.others:
                 ops = [self._ops[e]._ops[o] for e in edges]
                 inputs = [part for part in x.chunk(S, 1) for _ in range(T)]
@@ -241,7 +249,7 @@ class FastForward:
             plan.follow(moments, node.numel() // c)
         return torch.cat(states[-self._multiplier :], dim=1)
 
-    def _mix(self, mixed, x, plan, w, kernels, mixture, statistics, eye):
+    def _mix(self, mixed, x, plan, w, kernels, matrices, mixture, statistics):
         """`mixed` (N, T * c, H, W) + the weighted operations of a wave on x (N, S * c, H, W).
 
         statistics: the Moments of the cell; in evaluation the running figures of the wave's norms.
@@ -249,15 +257,16 @@ class FastForward:
         (W, W_normed), kinds, stride = mixture, plan.kinds, plan.waves[w].stride
         if not W.shape[1]:  # a space of `none` and of operations that run one by one
             n, _, h, width = x[:, :, ::stride, ::stride].shape
-            return x.new_zeros(n, len(W) * len(eye), h, width) if mixed is None else mixed
+            c = x.shape[1] // plan.waves[w].S
+            return x.new_zeros(n, len(W) * c, h, width) if mixed is None else mixed
         firsts, seconds, dils = kernels
         hs = self._first_convolutions(x, plan, w, firsts, dils)
-        Q, P = plan.pointwise(w, W.shape[1], eye)
+        Q, P = matrices
         unnormed, skips = kinds.unnormed(plan.waves[w]), [x] * len(kinds.skips) * (stride == 1)
         recompute = self.recompute and self.training
         again = {} if recompute else None
         if firsts:
-            first, (kernel, turned) = hs[0], seconds
+            first, (kernel, _, turned) = hs[0], seconds
             if self.training:
                 hs[0] = NormReLUDepthwise.apply(statistics, again, turned, first, Q, kernel)
             else:
@@ -291,8 +300,8 @@ class FastForward:
         S, T, stride, _, _ = plan.waves[w]
 
         def depthwise(x, *groups, dilations):
-            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _ in groups]
-            return Depthwise.apply(x, dilations, [turned for _, turned in groups], *kernels)
+            kernels = [kernel.unflatten(0, (S, T)).flatten(1, 2) for kernel, _, _ in groups]
+            return Depthwise.apply(x, dilations, [copies for _, *copies in groups], *kernels)
 
         if stride == 1:
             groups = [group for group in (firsts, dils) if group]

@@ -25,6 +25,7 @@ from fused.convolutions import (
     identity,
     layout,
     of_shape,
+    pointwise_weight_gradient,
     refuse_second_derivatives,
 )
 
@@ -49,15 +50,19 @@ def without_tf32(device):
         setattr(owner, name, before)
 
 
-def _blocks_per_group(G, c):
-    """How many blocks make a group of a 1x1 convolution: some 16 channels, a vector register."""
-    return max(n for n in range(1, max(1, 20 // c) + 1) if G % n == 0)
+def _blocks_per_group(G, c, most):
+    """How many blocks make a group of a 1x1 convolution of at most this many channels.
+
+    As few as fill vector registers of 16, or else as many as may be.
+    """
+    fit = [n for n in range(1, max(1, most // c) + 1) if G % n == 0]
+    return next((n for n in fit if n * c % 16 == 0), fit[-1])
 
 
 def _blockwise(h, A, b=None):
     """A h + b in every block: h (N, G * c, H, W), A (G, c, c), b (G, c, 1)."""
     G, c, _ = A.shape
-    n = _blocks_per_group(G, c)
+    n = _blocks_per_group(G, c, 64)
     if n > 1:  # n blocks of c are one of n * c with zeros off the diagonal
         A = (
             A.unflatten(0, (G // n, n)).unsqueeze(3)
@@ -68,18 +73,17 @@ def _blockwise(h, A, b=None):
 
 
 def _sums(g, h, c):
-    """The sums over all pixels of g h^T, (G, c, c), and of g, (G, c, 1), for every block."""
+    """The sums over all pixels of g h^T and of g, side by side, for every block: (G, c, c + 1)."""
     G = h.shape[1] // c
-    n = _blocks_per_group(G, c)
+    n = _blocks_per_group(G, c, 20)  # the products outside of the blocks are for nothing
     # They are the gradients of a 1x1 convolution's kernel and bias.
     small = ["bias"] if g.nbytes < SLOW_BIAS else []
     outer, *total = conv_backward(
         ["weight", *small], g, h, of_shape(h, G * c, n * c, 1, 1), groups=G // n
     )
     total = total[0] if total else g.sum((0, 2, 3))
-    if n > 1:
-        outer = outer.reshape(G // n, n, c, n, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    return outer.reshape(G, c, c), total.view(G, c, 1)
+    outer = outer.view(G // n, n, c, n, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return torch.cat([outer, total.view(G // n, n, c, 1)], 3).flatten(0, 1)
 
 
 class Moments(list):
@@ -98,7 +102,8 @@ class _Norm:
     """norm(P h) = A h + b, of blocks that lie in the tensors hs in this order, and its backward.
 
     -mean and variance of P h, (G, c, 1), are added to `moments`. The last `unnormed` blocks, with
-    the identity in P, are not normalized.
+    the identity in P, are not normalized. Sums over pixels come as [sum(g h^T), sum(g)], and A and
+    b as [A b], (G, c, c + 1): half the calls.
     """
 
     def __init__(self, hs, P, moments, unnormed=0):
@@ -110,50 +115,59 @@ class _Norm:
         # In float32: a variance is the small difference of two large figures.
         exact = (h.to(P.dtype) for h in hs)
         with without_tf32(P.device):
-            sums = list(zip(*(_sums(h, h, P.shape[1]) for h in exact), strict=True))
-        outer, self.sum = self._everywhere([_joined(parts, P) for parts in sums])
-        self.P_outer = torch.baddbmm(outer, P, outer, beta=0, alpha=1 / self.pixels)
-        minus_mean = torch.baddbmm(self.sum, P, self.sum, beta=0, alpha=-1 / self.pixels)
-        var = _dots(minus_mean.square(), self.P_outer, P, -1)
+            sums = [_sums(h, h, P.shape[1]) for h in exact]
+        sums = torch.cat(sums) if len(sums) > 1 else sums[0]
+        self.sums = self._everywhere(sums.to(P.dtype))
+        # -P mean(h h^T), and -mean(y)
+        minus = torch.baddbmm(self.sums, P, self.sums, beta=0, alpha=-1 / self.pixels)
+        minus_outer, minus_mean = _parts(minus)
+        var = _dots(minus_outer, P, -1, minus_mean.square())
         var.clamp_min_(0)  # by rounding it can be below
         moments.append((minus_mean[:normed], var[:normed]))
         self.inv_std = (var + EPS).rsqrt_()
-        self.A, self.b = self.inv_std * P, self.inv_std * minus_mean
+        self.Ab = torch.cat([P, minus_mean], 2)  # [A b], (G, c, c + 1)
+        self.Ab[:normed].mul_(self.inv_std[:normed])
         if unnormed:
-            self.A[normed:], self.b[normed:] = P[normed:], 0
+            self.Ab[normed:, :, -1] = 0
+        self.A, self.b = _parts(self.Ab)
 
-    def backward(self, dA, db, dP_too):
-        """dL/dP, and D and e for dL/dh = A^T g - (D h + e) / m; dA, db: 0 in unnormed blocks."""
-        r, shift = self._terms(dA, db)
+    def backward(self, dAb, dP_too):
+        """dL/dP, and [D e] for dL/dh = A^T g - (D h + e) / m; dAb: 0 in unnormed blocks."""
+        shifted = self._shifted(dAb)
         dP = None
         if dP_too:
-            dP = torch.baddbmm(dA, shift, self.sum.mT, alpha=-1 / self.pixels)
-            dP = dP.addcmul_(self.P_outer, r * self.inv_std, value=-1).mul_(self.inv_std)
+            dA, _ = _parts(dAb)  # less (db + r b) mean(h)^T + r A mean(h h^T), as one product
+            dP = torch.baddbmm(dA, shifted, self.sums.mT, alpha=-1 / self.pixels)
+            dP = dP.mul_(self.inv_std)
         if self.total is not None:  # h is in the statistics of all; dP is summed over them later
-            r, shift = self._terms(*self._everywhere([dA, db]))
-        return dP, torch.bmm(self.A.mT, self.A * r), torch.bmm(self.A.mT, shift)
+            shifted = self._shifted(self._everywhere(dAb))
+        return dP, torch.bmm(self.A.mT, shifted)
 
-    def _terms(self, dA, db):
-        r = _dots(db * self.b, dA, self.A)
-        return r, torch.addcmul(db, r, self.b)
+    def _shifted(self, dAb):
+        """[diag(r) A, db + r b], (G, c, c + 1)."""
+        shifted = self.Ab * _dots(dAb, self.Ab)
+        shifted[:, :, -1].add_(dAb[:, :, -1])
+        return shifted
 
     def _everywhere(self, sums):
         """The sums over all processes, times the fraction of the pixels that this one has."""
-        return sums if self.total is None else [s * self.fraction for s in self.total(sums)]
+        return sums if self.total is None else self.total([sums])[0] * self.fraction
 
-    def add_input_gradient(self, dh, h, D, e):
+    def add_input_gradient(self, dh, h, De):
         """dh - (D h + e) / m, in dh."""
-        return dh.add_(_blockwise(h, D, e), alpha=-1 / self.pixels)
+        return dh.add_(_blockwise(h, *_parts(De)), alpha=-1 / self.pixels)
 
 
-def _dots(start, A, B, sign=1):
-    """sign * start + the products of rows of A and B, (G, c, c), as a column (G, c, 1)."""
+def _parts(Ab):
+    """A (G, c, c) and b (G, c, 1) of [A b]."""
+    return Ab[:, :, :-1], Ab[:, :, -1:]
+
+
+def _dots(A, B, sign=1, minus=None):
+    """sign * the products of rows of A and B, (G, c, n), as a column (G, c, 1); less that one."""
     rows, columns = A.reshape(-1, 1, A.shape[2]), B.reshape(-1, B.shape[2], 1)
-    return torch.baddbmm(start.view(-1, 1, 1), rows, columns, beta=sign).view(start.shape)
-
-
-def _joined(tensors, like):
-    return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(like.dtype)
+    start, beta = (rows[:, :, :1], 0) if minus is None else (minus.reshape(-1, 1, 1), -1)
+    return torch.baddbmm(start, rows, columns, beta=beta, alpha=sign).view(*A.shape[:2], 1)
 
 
 class NormReLUDepthwise(torch.autograd.Function):
@@ -193,13 +207,14 @@ class NormReLUDepthwise(torch.autograd.Function):
             z = ctx.again.pop("z", None)
         if z is None:
             z = NormReLUDepthwise.relu(h, norm)
+        g = g.contiguous(memory_format=layout(h))
         if ctx.needs_input_grad[5]:
             dweight = depthwise_weight_gradient(g, z, weight)
         g = depthwise(g, ctx.turned)
         g = torch.ops.aten.threshold_backward(g, z, 0)
-        sums = (figures.to(norm.A.dtype) for figures in _sums(g, h, norm.A.shape[1]))
-        dP, *rest = norm.backward(*sums, ctx.needs_input_grad[4])
-        dh = norm.add_input_gradient(_blockwise(g, norm.A.mT), h, *rest)
+        dAb = _sums(g, h, norm.A.shape[1]).to(norm.A.dtype)
+        dP, De = norm.backward(dAb, ctx.needs_input_grad[4])
+        dh = norm.add_input_gradient(_blockwise(g, norm.A.mT), h, De)
         return None, None, None, dh, dP, dweight
 
 
@@ -236,29 +251,22 @@ class NormSum(torch.autograd.Function):
         g = g.contiguous(memory_format=layout(hs[0]))
         norm, (T, G) = ctx.norm, W.shape
         c = norm.A.shape[1]
-        outer, total = [], None if g.nbytes < SLOW_BIAS else g.sum((0, 2, 3))
-        for h, part in zip(hs, ctx.kernels, strict=True):
-            if total is None:
-                its, total = conv_backward(["weight", "bias"], g, h, part)
-            else:
-                (its,) = conv_backward(["weight"], g, h, part)
-            outer.append(its)
+        outer = [pointwise_weight_gradient(g, h) for h in hs]
         outer = torch.cat(outer, 1) if len(hs) > 1 else outer[0]
-        total = total.view(T, c).to(W.dtype)
-        # The sums of g h^T over pixels: (G, T, c * c).
-        outer = outer.view(T, c, G, c).permute(2, 0, 1, 3).flatten(2).to(W.dtype)
-        dA = torch.bmm(ctx.W_normed.t().unsqueeze(1), outer).view(G, c, c)
-        db = (ctx.W_normed.t() @ total).unsqueeze(2)
-        dP, *rest = norm.backward(dA, db, ctx.needs_input_grad[7])
+        outer = outer.view(T, c, G, c).permute(2, 0, 1, 3)
+        total = g.sum((0, 2, 3)).view(1, T, c, 1).expand(G, -1, -1, -1)
+        # The sums over all pixels of g h^T and of g, side by side: (G, T, c * (c + 1)).
+        sums = torch.cat([outer, total], 3).flatten(2).to(W.dtype)
+        dAb = torch.bmm(ctx.W_normed.t().unsqueeze(1), sums).view(G, c, c + 1)
+        dP, De = norm.backward(dAb, ctx.needs_input_grad[7])
         dW = None
         if ctx.needs_input_grad[6]:
-            dW = torch.bmm(outer, norm.A.view(G, c * c, 1)).squeeze(2).t()
-            dW = dW.addmm(total, norm.b.squeeze(2).t())
+            dW = torch.bmm(sums, norm.Ab.view(G, -1, 1)).squeeze(2).t()
         dhs, at = [], 0
         for h, part in zip(hs, ctx.kernels, strict=True):
             blocks = slice(at, at := at + h.shape[1] // c)
-            D, e = (figures[blocks] for figures in rest)
-            dhs.append(norm.add_input_gradient(F.conv2d(g, part.transpose(0, 1)), h, D, e))
+            dh = F.conv2d(g, part.transpose(0, 1))
+            dhs.append(norm.add_input_gradient(dh, h, De[blocks]))
         start = g if ctx.started else None
         return None, None, start, None, None, None, dW, dP, *dhs
 

@@ -202,14 +202,16 @@ class Plan:
         return coefficients, betas, list(zip(Ws, normed, strict=True))
 
     def kernels(self):
-        """Of each wave: depthwise kernels (edges, ops, c, k, k), and these turned by 180 degrees.
+        """Of each wave: depthwise kernels (edges, ops, c, k, k), their copy, and it turned by 180
+        degrees; the copies without a gradient.
 
         Of the first convolutions of the sep_convs, of their second ones, and of the dil_convs; None
-        where there are none. Smaller kernels are padded to the largest.
+        where there are none. Smaller kernels are padded to the largest. On a CPU the copies of the
+        dil_convs hold all twice, as `depthwise` takes them.
         """
         edges = [wave.S * wave.T for wave in self.waves]
 
-        def by_wave(convs, n):
+        def by_wave(convs, n, times=1):
             """Those of the waves, n times; convs: of each op a list of convolutions."""
             if not convs:
                 return [None] * (n * len(edges))
@@ -220,21 +222,31 @@ class Plan:
             kernels = torch.stack(
                 [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs], 1
             )
-            turned = kernels.detach().flip(3, 4)
-            return list(zip(kernels.split(edges * n), turned.split(edges * n), strict=True))
+            copies, sizes = kernels.detach(), edges * n
+            if times > 1 and copies.device.type == "cpu":
+                copies = [part for part in copies.split(sizes) for _ in range(times)]
+                copies, sizes = torch.cat(copies), [times * size for size in sizes]
+            copies = copies.split(sizes), copies.flip(3, 4).split(sizes)
+            return list(zip(kernels.split(edges * n), *copies, strict=True))
 
-        seps, dils = by_wave(self.sep_convs, 2), by_wave(self.dil_convs, 1)
+        seps, dils = by_wave(self.sep_convs, 2), by_wave(self.dil_convs, 1, 2)
         return list(zip(seps[: len(edges)], seps[len(edges) :], dils, strict=True))
 
-    def pointwise(self, w, blocks, eye):
-        """The 1x1 convolutions of a wave that are followed by a norm, (G, c, c), as matrices.
+    def pointwise(self, blocks, eye):
+        """Of each wave the 1x1 convolutions that are followed by a norm, (G, c, c), as matrices.
 
-        Those inside the sep_convs, or None; and those at the end of each of the blocks, which are
-        `eye` where there is none.
+        Those inside the sep_convs; and those at the end of each of its blocks (a number for each
+        wave), which are `eye` where there is none.
         """
-        middle, last = ([conv.weight for conv in part[w]] for part in (self.middle, self.final))
-        last += [eye[:, :, None, None]] * (blocks - len(last))
-        return torch.stack(middle).flatten(2) if middle else None, torch.stack(last).flatten(2)
+        weights, sizes = [], []
+        for middle, last, n in zip(self.middle, self.final, blocks, strict=True):
+            weights += [conv.weight for conv in middle + last]
+            weights += [eye[:, :, None, None]] * (n - len(last))
+            sizes += [len(middle), n]
+        if not weights:
+            return [(None, None)] * len(blocks)
+        matrices = torch.stack(weights).flatten(2).split(sizes)
+        return list(zip(matrices[::2], matrices[1::2], strict=True))
 
     def running(self, eye):
         """Of each wave the running means and variances of its norms; eye: (c, c).

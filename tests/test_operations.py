@@ -191,12 +191,15 @@ def blocks(h, P):
 @pytest.mark.parametrize("size", [(6, 8), (5, 7)])
 @pytest.mark.parametrize("k", [3, 5, 7])
 @pytest.mark.parametrize("c", [2, 8])  # the gradient of the kernels is taken in two ways
-def test_depthwise_of_each_channel_several_times(k, c, size):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_depthwise_of_each_channel_several_times(k, c, size, layout):
     S, kernels = 2, ((3, k, 1), (3, 3, 2), (1, 5, 1))  # (R, k, dilation)
-    x = random(4, S * c, *size)
+    x = random(4, S * c, *size).detach().to(memory_format=layout).requires_grad_()
     weights = [random(S, R, c, k, k) for R, k, _ in kernels]
     dilations = [dilation for *_, dilation in kernels]
-    outs = Depthwise.apply(x, dilations, [turned(weight) for weight in weights], *weights)
+    copies = [[weight.detach(), turned(weight)] for weight in weights]
+    copies[1] = [torch.cat([kernel, kernel]) for kernel in copies[1]]  # for pairs of pixels
+    outs = Depthwise.apply(x, dilations, copies, *weights)
     formula = []
     for weight, (R, k, dilation) in zip(weights, kernels, strict=True):
         spread = x.relu().unflatten(1, (S, 1, c)).expand(-1, S, R, c, *size).flatten(1, 3)
