@@ -115,8 +115,10 @@ def preprocess(block, x):
     relu = shared(x.relu, None, x)
     if isinstance(block, ReLUConvBN):
         conv, norm = block.op[1:]
-        dtype = autocast_dtype(relu.device.type) or relu.dtype
-        return norm(Pointwise.apply(relu.to(dtype), conv.weight))
+        weight, dtype = conv.weight, autocast_dtype(relu.device.type)
+        if dtype is not None and weight.dtype != torch.float64:  # which autocast leaves as it is
+            relu, weight = relu.to(dtype), weight.to(dtype)
+        return norm(Pointwise.apply(relu, weight))
     return block.bn(halve(relu, factorized_kernel(block.conv_1.weight, block.conv_2.weight)))
 
 

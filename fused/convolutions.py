@@ -66,7 +66,7 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight.to(x.dtype))
+        return F.conv2d(x, weight)
 
     @staticmethod
     def backward(ctx, g):
@@ -74,10 +74,9 @@ class Pointwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = F.conv2d(g, weight.to(g.dtype).transpose(0, 1))
+            dx = F.conv2d(g, weight.transpose(0, 1))
         if ctx.needs_input_grad[1]:
             dweight = pointwise_weight_gradient(g, x).contiguous().view(weight.shape)
-            dweight = dweight.to(weight.dtype)
         return dx, dweight
 
 
@@ -136,7 +135,8 @@ def _spread(x, weight):
     x = x.permute(0, 2, 3, 1).unflatten(3, (S, c))
     as_one = x.device.type == "cpu" and c * x.element_size() == 16 and x.is_contiguous()
     if as_one:  # c numbers are copied as one of 16 bytes, up to 4 times as fast
-        copies = x.view(torch.complex128).expand(-1, -1, -1, -1, R).contiguous().view(x.dtype)
+        ones = x.reshape(-1, c).view(torch.complex128)
+        copies = ones.expand(-1, R).contiguous().view(x.dtype).view(*x.shape[:4], R * c)
     else:
         copies = torch.cat([x] * R, 4)
     return copies.flatten(3).permute(0, 3, 1, 2)
@@ -157,7 +157,7 @@ def depthwise(x, weight, dilation=1):
 
 
 def _has_pairs(x):
-    """Whether `_paired` is a view."""
+    """Whether `_paired` only changes the view of a dense x."""
     return layout(x) == torch.channels_last and x.shape[3] % 2 == 0
 
 
@@ -182,7 +182,8 @@ def _spread_weight_gradient(g, x, weight, dilation):
         if dilation == 2 and w < 2 * k - 1 and h % 2 == w % 2 == 0:  # wider than x, it is slow
             g, x, dilation = _every_second(g), _every_second(x), 1
     times, padding, dilation = 1, [dilation * (k // 2)] * 2, [dilation] * 2
-    if S > 1 and dilation[1] == 2 and x.device.type == "cpu" and _has_pairs(x):  # see `depthwise`
+    # Pairs of pixels as in `depthwise`; of one group of channels they are no faster.
+    if S > 1 and dilation[1] == 2 and x.device.type == "cpu" and _has_pairs(x):
         g, x, times, padding[1], dilation[1] = _paired(g), _paired(x), 2, k // 2, 1
     kernel = of_shape(x, times * S * R * c, c, k, k)
     (dweight,) = conv_backward(["weight"], g, x, kernel, times * S, padding, dilation)

@@ -51,7 +51,7 @@ def without_tf32(device):
 
 
 def _blocks_per_group(G, c, most):
-    """How many blocks make a group of a 1x1 convolution of at most this many channels.
+    """How many blocks make a group of a 1x1 convolution of `most` channels, or of one block.
 
     As few as fill vector registers of 16, or else as many as may be.
     """
@@ -136,7 +136,7 @@ class _Norm:
         shifted = self._shifted(dAb)
         dP = None
         if dP_too:
-            dA, _ = _parts(dAb)  # less (db + r b) mean(h)^T + r A mean(h h^T), as one product
+            dA, _ = _parts(dAb)  # from it (db + r b) mean(h)^T and r A mean(h h^T), in one product
             dP = torch.baddbmm(dA, shifted, self.sums.mT, alpha=-1 / self.pixels)
             dP = dP.mul_(self.inv_std)
         if self.total is not None:  # h is in the statistics of all; dP is summed over them later
@@ -164,7 +164,7 @@ def _parts(Ab):
 
 
 def _dots(A, B, sign=1, minus=None):
-    """sign * the products of rows of A and B, (G, c, n), as a column (G, c, 1); less that one."""
+    """sign * the products of rows of A and B (G, c, n), less `minus` if given: (G, c, 1)."""
     rows, columns = A.reshape(-1, 1, A.shape[2]), B.reshape(-1, B.shape[2], 1)
     start, beta = (rows[:, :, :1], 0) if minus is None else (minus.reshape(-1, 1, 1), -1)
     return torch.baddbmm(start, rows, columns, beta=beta, alpha=sign).view(*A.shape[:2], 1)

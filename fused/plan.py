@@ -202,12 +202,12 @@ class Plan:
         return coefficients, betas, list(zip(Ws, normed, strict=True))
 
     def kernels(self):
-        """Of each wave: depthwise kernels (edges, ops, c, k, k), their copy, and it turned by 180
-        degrees; the copies without a gradient.
+        """Of each wave (kernels, a detached copy, that copy turned by 180 degrees) of depthwise
+        convolutions, (edges, ops, c, k, k).
 
         Of the first convolutions of the sep_convs, of their second ones, and of the dil_convs; None
         where there are none. Smaller kernels are padded to the largest. On a CPU the copies of the
-        dil_convs hold all twice, as `depthwise` takes them.
+        dil_convs hold all twice, for the pairs of pixels of `depthwise`.
         """
         edges = [wave.S * wave.T for wave in self.waves]
 

@@ -779,6 +779,13 @@ def test_half_precision_does_not_overflow(amp):
     assert out.isfinite().all()
 
 
+def test_float64_stays_under_autocast():
+    network, images = build(fused=True), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = network.double().features(images)
+    torch.testing.assert_close(features, network.features(images))
+
+
 def test_norms_in_float32_beside_bfloat16():
     fast, plain = build().float(), build(fused=False).float()
     plain.load_state_dict(fast.state_dict())

@@ -188,7 +188,7 @@ def blocks(h, P):
     return F.conv2d(h, P.flatten(0, 1)[:, :, None, None], groups=len(P))
 
 
-@pytest.mark.parametrize("size", [(6, 8), (5, 7)])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)])
 @pytest.mark.parametrize("k", [3, 5, 7])
 @pytest.mark.parametrize("c", [2, 8])  # the gradient of the kernels is taken in two ways
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
