@@ -136,7 +136,8 @@ class _Norm:
         shifted = self._shifted(dAb)
         dP = None
         if dP_too:
-            dA, _ = _parts(dAb)  # from it (db + r b) mean(h)^T and r A mean(h h^T), in one product
+            # dA - (db + r b) mean(h)^T - r A mean(h h^T), the last two as one product
+            dA, _ = _parts(dAb)
             dP = torch.baddbmm(dA, shifted, self.sums.mT, alpha=-1 / self.pixels)
             dP = dP.mul_(self.inv_std)
         if self.total is not None:  # h is in the statistics of all; dP is summed over them later
