@@ -332,7 +332,7 @@ class FastForward:
             rest = HalvedMax.apply(rest)
         rest = rest.permute(0, 2, 3, 1) if channels_last else rest
         rest, betas = rest.flatten(), betas.to(rest.dtype)
-        return torch.outer(betas, rest) if bypass is None else bypass.addr(betas, rest)
+        return betas[:, None] @ rest[None] if bypass is None else bypass.addr(betas, rest)
 
     def _node(self, mixed, bypass, channels_last):
         """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""

@@ -123,7 +123,7 @@ class Depthwise(torch.autograd.Function):
             )  # sums over R
             dx = part if dx is None else dx.add_(part)
         if dx is not None:
-            dx = torch.ops.aten.threshold_backward(dx, relu, 0)
+            dx = torch.ops.aten.threshold_backward.grad_input(dx, relu, 0, grad_input=dx)
         return dx, None, None, *dweights
 
 
@@ -209,12 +209,11 @@ def depthwise_weight_gradient(g, x, weight):
         kernel = of_shape(x, C, 1, k, k)
         return conv_backward(["weight"], g, x, kernel, C, (k // 2, k // 2))[0].view(weight.shape)
 
-    shifted = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 3)).permute(0, 3, 1, 2)
+    shifted = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1)).permute(0, 3, 1, 2)
     g, even, odd = _paired(g), _paired(x), _paired(shifted)
-    kernel = of_shape(g, 2 * C, 1, 5, 3)
-    even = conv_backward(["weight"], g, even, kernel, 2 * C, (2, 1))
-    odd = conv_backward(["weight"], g, odd, kernel, 2 * C, (2, 0))
-    columns = torch.stack(even + odd, 4).flatten(3)[..., :5]  # (2 C, 1, 5, 5)
+    (even,) = conv_backward(["weight"], g, even, of_shape(g, 2 * C, 1, 5, 3), 2 * C, (2, 1))
+    (odd,) = conv_backward(["weight"], g, odd, of_shape(g, 2 * C, 1, 5, 2), 2 * C, (2, 0))
+    columns = torch.stack([even, F.pad(odd, (0, 1))], 4).flatten(3)[..., :5]  # (2 C, 1, 5, 5)
     return (columns[:C] + columns[C:]).view(weight.shape)
 
 

@@ -212,7 +212,7 @@ class NormReLUDepthwise(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             dweight = depthwise_weight_gradient(g, z, weight)
         g = depthwise(g, ctx.turned)
-        g = torch.ops.aten.threshold_backward(g, z, 0)
+        g = torch.ops.aten.threshold_backward.grad_input(g, z, 0, grad_input=g)
         dAb = _sums(g, h, norm.A.shape[1]).to(norm.A.dtype)
         dP, De = norm.backward(dAb, ctx.needs_input_grad[4])
         dh = norm.add_input_gradient(_blockwise(g, norm.A.mT), h, De)
