@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused.convolutions import Depthwise, Pointwise, factorized_kernel, halve, identity, layout
+from fused.convolutions import Depthwise, Halve, Pointwise, identity, layout
 from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.plan import Plan, constants
 from fused.pools import HalvedMax, WidePools
@@ -113,13 +113,14 @@ def autocast_dtype(kind):
 def preprocess(block, x):
     """block(x), a ReLUConvBN or FactorizedReduce, with a ReLU that is made once for all readers."""
     relu = shared(x.relu, None, x)
-    if isinstance(block, ReLUConvBN):
-        conv, norm = block.op[1:]
-        weight, dtype = conv.weight, autocast_dtype(relu.device.type)
-        if dtype is not None and weight.dtype != torch.float64:  # which autocast leaves as it is
-            relu, weight = relu.to(dtype), weight.to(dtype)
-        return norm(Pointwise.apply(relu, weight))
-    return block.bn(halve(relu, factorized_kernel(block.conv_1.weight, block.conv_2.weight)))
+    halves = not isinstance(block, ReLUConvBN)
+    convs = (block.conv_1, block.conv_2) if halves else block.op[1:2]
+    weights, dtype = [conv.weight for conv in convs], autocast_dtype(relu.device.type)
+    if dtype is not None and relu.dtype != torch.float64:  # which autocast leaves as it is
+        relu, weights = relu.to(dtype), [weight.to(dtype) for weight in weights]
+    if halves:
+        return block.bn(Halve.apply(relu, 1, *(weight[None] for weight in weights)))
+    return block.op[2](Pointwise.apply(relu, *weights))
 
 
 def side_by_side(tensors):
@@ -318,9 +319,8 @@ class FastForward:
         if dils:  # with stride and dilation 2 it reads every other pixel alone
             hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
         for pair in plan.halves:
-            pair = [torch.stack([conv.weight for conv in convs]) for convs in pair]
-            kernel = factorized_kernel(*pair).flatten(0, 1).to(x.dtype)
-            hs.append(halve(relu, kernel, groups=S))
+            pair = [torch.stack([conv.weight for conv in convs]).to(x.dtype) for convs in pair]
+            hs.append(Halve.apply(relu, S, *pair))
         return hs
 
     def _pass_by(self, bypass, rest, betas, stride, channels_last):

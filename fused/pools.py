@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused.convolutions import layout, refuse_second_derivatives
+from fused.convolutions import layout, refuse_second_derivatives, units
 
 
 class WidePools(torch.autograd.Function):
@@ -18,7 +18,8 @@ class WidePools(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pools):
         n, C, H, W = x.shape
-        wide = x.permute(2, 3, 0, 1).reshape(1, H, W, n * C).permute(0, 3, 1, 2)
+        wide = units(x.permute(0, 2, 3, 1)).permute(1, 2, 0, 3).contiguous().view(x.dtype)
+        wide = wide.view(1, H, W, n * C).permute(0, 3, 1, 2)
         outs, places = [], []
         for pool in pools:
             if isinstance(pool, nn.MaxPool2d):
@@ -26,17 +27,19 @@ class WidePools(torch.autograd.Function):
                 places.append(its.int())
             else:
                 out = pool(wide)
-            outs.append(out.view(n, C, *out.shape[2:]).permute(0, 2, 3, 1))
+            out = out.permute(0, 2, 3, 1).view(*out.shape[2:], n, C)
+            outs.append(units(out).permute(2, 0, 1, 3))
         ctx.save_for_backward(*places)
         ctx.size, ctx.pools = x.shape, pools
-        return torch.stack(outs, 3).flatten(3).permute(0, 3, 1, 2)
+        return torch.stack(outs, 3).view(x.dtype).flatten(3).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, g):
         refuse_second_derivatives()
         (n, C, H, W), places, dx = ctx.size, iter(ctx.saved_tensors), None
         x = g.new_empty(1, H, W, n * C).permute(0, 3, 1, 2)
-        gs = g.unflatten(1, (-1, C)).permute(1, 3, 4, 0, 2).flatten(3)  # (pools, h, w, N * C)
+        gs = units(g.permute(0, 2, 3, 1).unflatten(3, (-1, C))).permute(3, 1, 2, 0, 4)
+        gs = gs.contiguous().view(g.dtype).flatten(3)  # (pools, h, w, N * C)
         gs = gs.unsqueeze(1).permute(0, 1, 4, 2, 3)
         for pool, g in zip(ctx.pools, gs, strict=True):
             if isinstance(pool, nn.MaxPool2d):
@@ -46,8 +49,8 @@ class WidePools(torch.autograd.Function):
                 more = pool.count_include_pad, pool.divisor_override
                 g = torch.ops.aten.avg_pool2d_backward(g, x, *_window(pool), *more)
             dx = g if dx is None else dx.add_(g)
-        dx = dx.permute(0, 2, 3, 1).view(H, W, n, C).permute(2, 3, 0, 1)
-        return dx.contiguous(memory_format=torch.channels_last), None
+        dx = units(dx.permute(0, 2, 3, 1).view(H, W, n, C)).permute(2, 0, 1, 3)
+        return dx.contiguous().view(g.dtype).permute(0, 3, 1, 2), None
 
 
 def _window(pool):
