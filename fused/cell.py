@@ -24,14 +24,22 @@ import threading
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused.convolutions import Depthwise, Halve, Pointwise, identity, layout
+from fused.convolutions import (
+    Depthwise,
+    Halve,
+    Pointwise,
+    identity,
+    layout,
+    quarters,
+    quarters_of_kernel,
+)
+from fused.nodes import Node, pass_by
 from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.plan import Plan, constants
-from fused.pools import HalvedMax, WidePools
+from fused.pools import WidePools
 from operations import ReLUConvBN
 from utils import in_functorch
 
@@ -222,7 +230,7 @@ class FastForward:
         else:
             statistics = plan.running(eye)
         mixed = bypass = None  # of the targets to come: the sums over the sources so far
-        sources, channels_last = states, layout(s1) == torch.channels_last
+        sources, gradient, dim = states, [], 3 if layout(s1) == torch.channels_last else 1
         for w, (S, T, stride, first, edges) in enumerate(waves):
             if self.sampling == "random":
                 sources = [source.index_select(1, self.channel_order) for source in sources]
@@ -241,15 +249,14 @@ class FastForward:
                 mixed = total if mixed is None else mixed + total
             if k > 1:
                 for (_, rest), row in zip(parts, betas[w], strict=True):
-                    bypass = self._pass_by(bypass, rest, row, stride, channels_last)
-            node, passed = mixed, bypass  # the first of the targets has all its edges now
-            if T > 1:
-                node, mixed = mixed.split([c, (T - 1) * c], 1)
-                passed, bypass = bypass.split([1, T - 1]) if k > 1 else (None, None)
-            states.append(self._node(node, passed, channels_last))
+                    bypass = pass_by(bypass, rest, row, stride, dim)
+                node, mixed, bypass = Node.apply(mixed, bypass, c, dim, self._steps, self, gradient)
+            else:
+                node, mixed = mixed.split([c, (T - 1) * c], 1) if T > 1 else (mixed, None)
+            states.append(node)  # the first of the targets, which has all its edges now
             sources = states[-1:]
         if self.training:
-            plan.follow(moments, node.numel() // c)
+            plan.follow(moments, node.numel() // node.shape[1])
         return torch.cat(states[-self._multiplier :], dim=1)
 
     def _mix(self, mixed, x, plan, w, kernels, matrices, mixture, statistics):
@@ -310,44 +317,15 @@ class FastForward:
             groups = [group for group in (firsts, dils) if group]
             dilations = [1 if group is firsts else 2 for group in groups]
             return [*depthwise(x, *groups, dilations=dilations)] if groups else []
-        hs, relu = [], x.relu()
-        if firsts:  # with kernels (edges * ops * c, c, k, k), zero between different channels
-            kernel = firsts[0]
-            eye = identity(kernel.shape[2], kernel.dtype, kernel.device)
-            kernel = (kernel.unsqueeze(3) * eye[:, :, None, None]).flatten(0, 2)
-            hs.append(F.conv2d(relu, kernel.to(x.dtype), None, 2, kernel.shape[3] // 2, groups=S))
-        if dils:  # with stride and dilation 2 it reads every other pixel alone
-            hs += depthwise(x[:, :, ::2, ::2], dils, dilations=[1])
+        hs = []
+        if firsts or dils:
+            parts, kernels = quarters(x), quarters_of_kernel(firsts[0]) if firsts else []
+            # With stride and dilation 2 every other pixel is read alone: the first quarter.
+            groups = kernels[:1] + ([dils] if dils else [])
+            hs += depthwise(parts[0], *groups, dilations=[1] * len(groups))
+            for part, kernel in zip(parts[1:], kernels[1:], strict=False):
+                hs[0] = hs[0] + depthwise(part, kernel, dilations=[1])[0]
         for pair in plan.halves:
             pair = [torch.stack([conv.weight for conv in convs]).to(x.dtype) for convs in pair]
-            hs.append(Halve.apply(relu, S, *pair))
+            hs.append(Halve.apply(x.relu(), S, *pair))
         return hs
-
-    def _pass_by(self, bypass, rest, betas, stride, channels_last):
-        """`bypass` + betas (T,) times rest (N, C - c, H, W), flat: (T, N * H * W * (C - c)).
-
-        In the order of channels_last or of contiguous, as all of the cell.
-        """
-        if stride == 2:
-            rest = HalvedMax.apply(rest)
-        rest = rest.permute(0, 2, 3, 1) if channels_last else rest
-        rest, betas = rest.flatten(), betas.to(rest.dtype)
-        return betas[:, None] @ rest[None] if bypass is None else bypass.addr(betas, rest)
-
-    def _node(self, mixed, bypass, channels_last):
-        """A node (N, C, H, W) of mixed (N, c, H, W) and a row of `_pass_by`, sampled anew."""
-        if bypass is None:
-            return mixed
-        n, c, h, w = mixed.shape
-        if channels_last:
-            mixed, bypass, dim = mixed.permute(0, 2, 3, 1), bypass.view(n, h, w, -1), 3
-        else:
-            bypass, dim = bypass.view(n, -1, h, w), 1
-        if self.sampling == "shuffle":
-            # Channel i of group g goes to place i * K + g: channel_shuffle in one write.
-            node = torch.stack([mixed, *bypass.split(c, dim)], dim + 1).flatten(dim, dim + 1)
-        elif self.sampling == "shift":  # the next operations take the first that passed here
-            node = torch.cat([bypass, mixed], dim)
-        else:  # every channel back in its place
-            node = torch.cat([mixed, bypass], dim).index_select(dim, self.channel_places)
-        return node.permute(0, 3, 1, 2) if channels_last else node

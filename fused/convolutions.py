@@ -273,9 +273,34 @@ def depthwise_weight_gradient(g, x, weight):
         kernel = of_shape(x, C, 1, k, k)
         return conv_backward(["weight"], g, x, kernel, C, (k // 2, k // 2))[0].view(weight.shape)
 
-    shifted = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1)).permute(0, 3, 1, 2)
+    edge = x.new_zeros(len(x), x.shape[2], 1, C)
+    shifted = torch.cat([edge, x.permute(0, 2, 3, 1), edge], 2).permute(0, 3, 1, 2)
     g, even, odd = _paired(g), _paired(x), _paired(shifted)
     (even,) = conv_backward(["weight"], g, even, of_shape(g, 2 * C, 1, 5, 3), 2 * C, (2, 1))
     (odd,) = conv_backward(["weight"], g, odd, of_shape(g, 2 * C, 1, 5, 2), 2 * C, (2, 0))
     columns = torch.stack([even, F.pad(odd, (0, 1))], 4).flatten(3)[..., :5]  # (2 C, 1, 5, 5)
     return (columns[:C] + columns[C:]).view(weight.shape)
+
+
+def quarters(x):
+    """The pixels (2 i + p, 2 j + q) of x (N, C, H, W), p, q = 0, 1: four of (N, C, H / 2, W / 2).
+
+    Where a side is odd, with a zero behind it.
+    """
+    x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    last = layout(x) == torch.channels_last
+    x, dim = (x.permute(0, 2, 3, 1), 1) if last else (x, 2)
+    rows = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    parts = [part for row in rows for part in row.unflatten(dim + 1, (-1, 2)).unbind(dim + 2)]
+    return [part.permute(0, 3, 1, 2) for part in parts] if last else parts
+
+
+def quarters_of_kernel(kernel):
+    """With stride 2 a convolution is the sum of four without, of the quarters of x: their kernels.
+
+    kernel (..., k, k), k odd. Returns four triples as Plan.kernels has them.
+    """
+    margin = kernel.shape[-1] // 2 % 2  # 1 where the middle is not at an even place
+    kernel = F.pad(kernel, [margin, margin + 1] * 2)
+    parts = [kernel[..., p::2, q::2] for p in (0, 1) for q in (0, 1)]
+    return [(part, part.detach(), part.detach().flip(-2, -1)) for part in parts]
