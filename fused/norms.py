@@ -120,12 +120,12 @@ class _Norm:
         self.sums = self._everywhere(sums.to(P.dtype))
         # -P mean(h h^T), and -mean(y)
         minus = torch.baddbmm(self.sums, P, self.sums, beta=0, alpha=-1 / self.pixels)
-        minus_outer, minus_mean = _parts(minus)
-        var = _dots(minus_outer, P, -1, minus_mean.square())
+        minus_mean = minus[:, :, -1:]
+        self.Ab = torch.cat([P, minus_mean], 2)  # [A b] times std(y), (G, c, c + 1)
+        var = _dots(minus, self.Ab, -1)  # diag(P mean(h h^T) P^T) - mean(y)^2
         var.clamp_min_(0)  # by rounding it can be below
         moments.append((minus_mean[:normed], var[:normed]))
         self.inv_std = (var + EPS).rsqrt_()
-        self.Ab = torch.cat([P, minus_mean], 2)  # [A b], (G, c, c + 1)
         self.Ab[:normed].mul_(self.inv_std[:normed])
         if unnormed:
             self.Ab[normed:, :, -1] = 0
@@ -164,11 +164,11 @@ def _parts(Ab):
     return Ab[:, :, :-1], Ab[:, :, -1:]
 
 
-def _dots(A, B, sign=1, minus=None):
-    """sign * the products of rows of A and B (G, c, n), less `minus` if given: (G, c, 1)."""
-    rows, columns = A.reshape(-1, 1, A.shape[2]), B.reshape(-1, B.shape[2], 1)
-    start, beta = (rows[:, :, :1], 0) if minus is None else (minus.reshape(-1, 1, 1), -1)
-    return torch.baddbmm(start, rows, columns, beta=beta, alpha=sign).view(*A.shape[:2], 1)
+def _dots(A, B, sign=1):
+    """sign * the products of rows of A and B (G, c, n): (G, c, 1)."""
+    rows, columns = A.view(-1, 1, A.shape[2]), B.view(-1, B.shape[2], 1)
+    dots = torch.baddbmm(rows[:, :, :1], rows, columns, beta=0, alpha=sign)
+    return dots.view(*A.shape[:2], 1)
 
 
 class NormReLUDepthwise(torch.autograd.Function):
