@@ -42,7 +42,7 @@ class Node(torch.autograd.Function):
             node = torch.cat([passed, own], dim)
         else:  # every channel back in its place
             node = torch.cat([own, passed], dim).index_select(dim, cell.channel_places)
-        ctx.order = cell.channel_order if sampling == "random" else None
+        ctx.save_for_backward(cell.channel_order if sampling == "random" else None)
         ctx.c, ctx.dim, ctx.sampling, ctx.gradient = c, dim, sampling, gradient
         ctx.before = steps - len(bypass)
         node = node.permute(0, 3, 1, 2) if dim == 3 else node
@@ -57,7 +57,8 @@ class Node(torch.autograd.Function):
         elif ctx.sampling == "shift":
             *passed, own = g.split([g.shape[dim] - c, c], dim)
         else:
-            own, *passed = g.index_select(dim, ctx.order).split([c, g.shape[dim] - c], dim)
+            (order,) = ctx.saved_tensors
+            own, *passed = g.index_select(dim, order).split([c, g.shape[dim] - c], dim)
         if dmixed is not None:
             own = torch.cat([own, _moved(dmixed, dim)], dim)
         # dL/dbypass grows by a row from node to node, backwards: each is written into its place.

@@ -1,11 +1,14 @@
 """The candidate operations and their blocks, against the formulas written out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused.convolutions import Depthwise, factorized_kernel, halve
+from fused.convolutions import Depthwise, Halve, quarters, quarters_of_kernel, units
+from fused.nodes import Node, pass_by
 from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.pools import HalvedMax, WidePools
 from operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv
@@ -17,6 +20,9 @@ NAMES = (
 ).split()
 CONVS = {f"sep_conv_{size}x{size}": (SepConv, size) for size in (3, 5, 7)}
 CONVS |= {f"dil_conv_{size}x{size}": (DilConv, size) for size in (3, 5)}
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 
 
 @pytest.fixture
@@ -128,14 +134,105 @@ def test_factorized_reduce_is_two_convolutions_one_shifted_by_a_pixel(x):
     at = x.relu()
     halves = [F.conv2d(at, first, stride=2), F.conv2d(at[:, :, 1:, 1:], second, stride=2)]
     same(op(x), norm(torch.cat(halves, 1)))
-    same(halve(at, factorized_kernel(first, second)), torch.cat(halves, 1))
+    same(Halve.apply(at, 1, first[None], second[None]), torch.cat(halves, 1))
 
 
-def test_factorized_kernel_of_stacked_weights_is_the_stack_of_kernels():
-    first, second = torch.randn(5, 3, 4, 1, 1), torch.randn(5, 3, 4, 1, 1)
-    pairs = zip(first, second, strict=True)
-    each = torch.stack([factorized_kernel(a, b) for a, b in pairs])
-    assert torch.equal(factorized_kernel(first, second), each)
+@LAYOUTS
+@pytest.mark.parametrize("S, E", [(1, 1), (1, 3), (2, 4)])
+def test_halves_side_by_side_are_factorized_reduces_one_by_one(S, E, layout, x):
+    x, C = x.contiguous(memory_format=layout).requires_grad_(), 4 // S
+    ops = [FactorizedReduce(C, 4, affine=False).double() for _ in range(E)]
+    weights = [[getattr(op, name).weight for op in ops] for name in ("conv_1", "conv_2")]
+    mine = Halve.apply(x, S, *map(torch.stack, weights))
+    assert mine.is_contiguous(memory_format=layout)
+    of_edges = [x[:, e * S // E * C :][:, :C] for e in range(E)]
+    each = []
+    for op, part in zip(ops, of_edges, strict=True):
+        each += [op.conv_1(part[:, :, ::2, ::2]), op.conv_2(part[:, :, 1::2, 1::2])]
+    same_gradients(mine, torch.cat(each, 1), [x, *weights[0], *weights[1]])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
+@pytest.mark.parametrize("size", [(8, 6), (7, 6), (5, 9)])
+def test_a_strided_convolution_is_the_sum_of_four_of_quarters(size, k, layout):
+    x = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    kernel = torch.randn(3, k, k, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    parts = quarters(x)
+    assert all((part.stride(1) == 1) == (layout == torch.channels_last) for part in parts)
+    total = 0
+    for part, (weight, copy, turned) in zip(parts, quarters_of_kernel(kernel), strict=True):
+        assert torch.equal(weight, copy) and torch.equal(weight.flip(1, 2), turned)
+        margin = weight.shape[-1] // 2
+        total = total + F.conv2d(part, weight[:, None], padding=margin, groups=3)
+    expected = F.conv2d(x, kernel[:, None], stride=2, padding=k // 2, groups=3)
+    same_gradients(total, expected, [x, kernel])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_of_16_bytes_are_copied_as_those_that_fill_them(dtype):
+    n = 16 // torch.empty((), dtype=dtype).element_size()
+    x = torch.randn(3, 5, 4 * n).to(dtype)
+    x[0, 0, 0], x[0, 0, 1] = torch.nan, -0.0
+    for slice_ in (x.unflatten(2, (4, n)), x[1:, ::2, n : 3 * n].unflatten(2, (2, n))):
+        ones = units(slice_)
+        assert ones.dtype == torch.complex128 and ones.shape == (*slice_.shape[:-1], 1)
+        copied = ones.permute(1, 2, 0, 3).contiguous().view(dtype)
+        kept = copied.view(torch.uint8), slice_.permute(1, 2, 0, 3).contiguous().view(torch.uint8)
+        assert torch.equal(*kept)
+    for other in (
+        x[..., 1 : 1 + n],
+        x[..., ::2][..., :n],
+        x[:, :, : n // 2],
+        x.expand(3, 5, 4 * n),
+    ):
+        assert units(other) is other
+
+
+@LAYOUTS
+@pytest.mark.parametrize("twice", [False, True])  # what passed by, behind each node
+@pytest.mark.parametrize("sampling", ["shuffle", "shift", "random"])
+def test_nodes_are_the_sums_sampled_anew_and_have_their_gradients(sampling, twice, layout):
+    K, c, steps, dim = 3, 2, 3, 3 if layout == torch.channels_last else 1
+    order = torch.randperm(K * c)
+    cell = SimpleNamespace(
+        sampling=sampling, channel_order=order, channel_places=order.argsort(), steps=steps
+    )
+    mixed = torch.randn(2, steps * c, 4, 5, dtype=torch.float64).contiguous(memory_format=layout)
+    rests = [torch.randn(2, (K - 1) * c, 4, 5, dtype=torch.float64) for _ in range(steps)]
+    rests = [rest.contiguous(memory_format=layout).requires_grad_() for rest in rests]
+    betas = [torch.rand(steps - w, dtype=torch.float64, requires_grad=True) for w in range(steps)]
+    inputs = [mixed.requires_grad_(), *rests, *betas]
+
+    def by_hand():
+        nodes, sums = [], [0] * steps
+        for w in range(steps):
+            for t in range(w, steps):
+                sums[t] = sums[t] + betas[w][t - w] * rests[w]
+            node = [mixed[:, w * c : w * c + c], sums[w]]
+            node = torch.cat(node[::-1] if sampling == "shift" else node, 1)
+            if sampling == "shuffle":
+                node = F.channel_shuffle(node, K)
+            nodes.append(node[:, cell.channel_places] if sampling == "random" else node)
+            sums = [total * 2 for total in sums] if twice else sums
+        return nodes
+
+    def ours():
+        nodes, left, bypass, gradient = [], mixed, None, []
+        for rest, row in zip(rests, betas, strict=True):
+            bypass = pass_by(bypass, rest, row, 1, dim)
+            node, left, bypass = Node.apply(left, bypass, c, dim, steps, cell, gradient)
+            nodes.append(node)
+            bypass = bypass * 2 if twice and bypass is not None else bypass
+        assert left is None and bypass is None
+        return nodes
+
+    mine, expected = ours(), by_hand()
+    for some in (slice(None), slice(1), slice(1, None)):  # also where not all nodes are in a loss
+        total = torch.stack(mine[some]), torch.stack(expected[some])
+        for _ in range(2):  # and where a graph is used again
+            same_gradients(*total, inputs, retain_graph=True, allow_unused=True)
 
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 7)])
@@ -174,12 +271,12 @@ def turned(weight):
     return weight.detach().flip(-2, -1)
 
 
-def same_gradients(actual, expected, inputs):
+def same_gradients(actual, expected, inputs, **options):
     """Outputs and gradients with respect to `inputs` of two ways to compute the same."""
     same(actual, expected)
     g = torch.randn_like(expected)
-    pairs = zip(*(torch.autograd.grad(out, inputs, g) for out in (actual, expected)), strict=True)
-    for mine, formula in pairs:
+    gradients = [torch.autograd.grad(out, inputs, g, **options) for out in (actual, expected)]
+    for mine, formula in zip(*gradients, strict=True):
         same(mine, formula)
 
 
@@ -280,9 +377,10 @@ def test_halved_max():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_wide_pools_are_pytorch_s(stride):
+@pytest.mark.parametrize("C", [2, 4])  # 2 are 16 bytes, which are copied as one
+def test_wide_pools_are_pytorch_s(C, stride):
     torch.manual_seed(0)
-    x = torch.randn(3, 4, 8, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(3, C, 8, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     pools = [nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False)]
     pools.append(nn.AvgPool2d((5, 3), stride, (2, 1), ceil_mode=stride == 1))
