@@ -17,7 +17,23 @@ def pass_by(bypass, rest, betas, stride, dim):
     if stride == 2:
         rest = HalvedMax.apply(rest)
     rest, betas = _moved(rest, dim).flatten(), betas.to(rest.dtype)
-    return betas[:, None] @ rest[None] if bypass is None else bypass.addr(betas, rest)
+    return Outer.apply(betas, rest) if bypass is None else bypass.addr(betas, rest)
+
+
+class Outer(torch.autograd.Function):
+    """torch.outer(a, b), of which PyTorch takes the gradients by two maps of its size."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.outer(a, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_second_derivatives()
+        a, b = ctx.saved_tensors
+        da = torch.mv(g, b) if ctx.needs_input_grad[0] else None
+        return da, torch.mv(g.t(), a) if ctx.needs_input_grad[1] else None
 
 
 class Node(torch.autograd.Function):

@@ -23,6 +23,7 @@ import model_search
 import train_search
 from architect import Architect
 from fused import Gradients
+from fused.nodes import Node
 from harness import analysis, costs, files, loops
 from helpers import copy_code, warm_python
 from test_model_search import assert_equal, batch, close, gradients, twins
@@ -51,7 +52,7 @@ def test_shift_is_the_formula_with_a_rotation(k):
 def test_shift_sends_other_channels_through_the_next_operations():
     cell = model_search.Network(16, 3, 3, None, sampling="shift").cells[0]
     mixed, passed = torch.zeros(1, 4, 1, 1), torch.arange(1.0, 13.0)
-    node = cell._node(mixed, passed, channels_last=True)
+    node, _, _ = Node.apply(mixed, passed[None], 4, 3, 1, cell, [])
     assert node.flatten().tolist() == [*range(1, 13), 0, 0, 0, 0]
 
 
