@@ -82,7 +82,7 @@ class Pointwise(torch.autograd.Function):
 
 class Halve(torch.autograd.Function):
     """The 1x1 convolutions of FactorizedReduces, side by side: x (N, S * C_in, H, W) to
-    (N, E * C_out, H / 2, W / 2), E / S of each of S groups of channels.
+    (N, E * C_out, H / 2, W / 2). E of them; E / S read each of S groups of channels.
 
     weights: (E, C_out / 2, C_in, 1, 1) each; the first is for the pixels (2 i, 2 j) of x, the other
     for (2 i + 1, 2 j + 1).
@@ -198,7 +198,7 @@ def _spread(x, weight):
 def units(x):
     """x (..., n), the n of each as one number of 16 bytes where they fill it on a CPU, or x.
 
-    Numbers are copied one by one from memory in another order: so up to 4 times as fast.
+    A copy in another order of memory then moves one number and not n: up to 4 times as fast.
     """
     n = 16 // x.element_size()
     aligned = all(stride % n == 0 for stride in (*x.stride()[:-1], x.storage_offset()))
@@ -266,7 +266,7 @@ def depthwise_weight_gradient(g, x, weight):
     """dL/dweight (..., k, k) of `depthwise` of x, not dilated.
 
     oneDNN is slow at kernels wider than 3. Two pixels side by side are one with 2 C channels: for
-    k = 5, its even columns are the 3 of a kernel over pairs, its odd ones the first 2 of another.
+    k = 5, its even columns are the 3 of a kernel over pairs, its odd ones the 2 of another.
     """
     C, k = x.shape[1], weight.shape[-1]
     if k != 5 or x.shape[3] % 2 or x.device.type != "cpu":
@@ -287,7 +287,8 @@ def quarters(x):
 
     Where a side is odd, with a zero behind it.
     """
-    x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
     last = layout(x) == torch.channels_last
     x, dim = (x.permute(0, 2, 3, 1), 1) if last else (x, 2)
     rows = x.unflatten(dim, (-1, 2)).unbind(dim + 1)

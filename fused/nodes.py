@@ -21,7 +21,7 @@ def pass_by(bypass, rest, betas, stride, dim):
 
 
 class Outer(torch.autograd.Function):
-    """torch.outer(a, b), of which PyTorch takes the gradients by two maps of its size."""
+    """torch.outer(a, b), whose gradients PyTorch would take by way of two maps of its size."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -40,8 +40,8 @@ class Node(torch.autograd.Function):
     """The next node of a cell, sampled anew, and the sums so far of those after it.
 
     mixed (N, T * c, H, W), bypass (T, N * H * W * (C - c)): the sums of the operations and of
-    `pass_by` (dim: as there) of the T nodes that are left of `steps`. cell: of which sampling and
-    its order are read. gradient: a list that the nodes of a cell share.
+    `pass_by` (dim: as there) of the T nodes that are left of `steps`. gradient: a
+    list that the nodes of a cell share, for dL/dbypass.
     Returns the node (N, C, H, W), mixed (N, (T - 1) * c, H, W) and bypass (T - 1, ...), or None.
     """
 
@@ -49,7 +49,7 @@ class Node(torch.autograd.Function):
     def forward(ctx, mixed, bypass, c, dim, steps, cell, gradient):
         own, sampling = _moved(mixed[:, :c], dim), cell.sampling
         size = list(own.shape)
-        size[dim] = -1
+        size[dim] = (cell._ops[0].k - 1) * c  # an error where HalvedMax made other sizes
         passed = bypass[0].view(size)
         if sampling == "shuffle":
             # Channel i of group g goes to place i * K + g: channel_shuffle in one write.

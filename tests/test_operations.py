@@ -191,13 +191,18 @@ def test_numbers_of_16_bytes_are_copied_as_those_that_fill_them(dtype):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("twice", [False, True])  # what passed by, behind each node
+@pytest.mark.parametrize(
+    "twice", [False, True]
+)  # what passed by: its gradient is then another tensor
 @pytest.mark.parametrize("sampling", ["shuffle", "shift", "random"])
 def test_nodes_are_the_sums_sampled_anew_and_have_their_gradients(sampling, twice, layout):
     K, c, steps, dim = 3, 2, 3, 3 if layout == torch.channels_last else 1
     order = torch.randperm(K * c)
     cell = SimpleNamespace(
-        sampling=sampling, channel_order=order, channel_places=order.argsort(), steps=steps
+        sampling=sampling,
+        channel_order=order,
+        channel_places=order.argsort(),
+        _ops=[SimpleNamespace(k=K)],
     )
     mixed = torch.randn(2, steps * c, 4, 5, dtype=torch.float64).contiguous(memory_format=layout)
     rests = [torch.randn(2, (K - 1) * c, 4, 5, dtype=torch.float64) for _ in range(steps)]
