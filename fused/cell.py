@@ -124,7 +124,7 @@ def preprocess(block, x):
     halves = not isinstance(block, ReLUConvBN)
     convs = (block.conv_1, block.conv_2) if halves else block.op[1:2]
     weights, dtype = [conv.weight for conv in convs], autocast_dtype(relu.device.type)
-    if dtype is not None and relu.dtype != torch.float64:  # which autocast leaves as it is
+    if dtype is not None and weights[0].dtype != torch.float64:  # which autocast leaves as it is
         relu, weights = relu.to(dtype), [weight.to(dtype) for weight in weights]
     if halves:
         return block.bn(Halve.apply(relu, 1, *(weight[None] for weight in weights)))
