@@ -110,20 +110,19 @@ class Halve(torch.autograd.Function):
     def backward(ctx, g):
         refuse_second_derivatives()
         (x, *weights), S = ctx.saved_tensors, ctx.S
-        format = {"memory_format": layout(x)}
         dx, dweights = torch.zeros_like(x) if ctx.needs_input_grad[0] else None, [None, None]
         halves = g.unflatten(1, (len(weights[0]), 2, -1)).unbind(2)
         for i, (half, weight) in enumerate(zip(halves, weights, strict=True)):
-            half = half.flatten(1, 2).contiguous(**format)
+            half = half.flatten(1, 2).contiguous(memory_format=layout(x))
             if dx is not None:
                 kernel = weight.unflatten(0, (S, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
                 dx[:, :, i::2, i::2] = F.conv2d(half, kernel, groups=S)
             if ctx.needs_input_grad[2 + i]:
                 of_x = _every_other(x, i)
-                kernel = of_shape(x, *weight.flatten(0, 1).shape)
                 if S == 1:
                     dweight = pointwise_weight_gradient(half, of_x)
                 else:
+                    kernel = of_shape(x, *weight.flatten(0, 1).shape)
                     (dweight,) = conv_backward(["weight"], half, of_x, kernel, groups=S)
                 dweights[i] = dweight.contiguous().view(weight.shape)
         return dx, None, *dweights
