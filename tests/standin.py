@@ -10,16 +10,21 @@ to a PyTorch that was built for it). A replay runs the operations of the capture
 memory that they had then. With STANDIN_LAYOUTS=other, each convolution, pool and norm leaves its
 maps in the memory format that the CPU would not have chosen: which one cuDNN takes is its affair.
 
-It is not: fast, kernels, streams, autocast (--amp changes nothing), several GPUs, peak memory, or
-the random numbers of a GPU. WAITS counts where the host waits for the GPU, by operation.
+Its memory is that of the tensors on it, as PyTorch counts it on a GPU, without what cuDNN takes
+within a call. WAITS counts where the host waits for the GPU, by operation.
+
+It is not: fast, kernels, streams, autocast (--amp changes nothing), several GPUs, pinned memory,
+or the random numbers of a GPU. A process that is spawned has none.
 """
 
 import contextlib
 import os
 import runpy
 import sys
+import weakref
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -61,6 +66,7 @@ class OnGpu(Tensor):
             device=INSIDE,
         )  # fmt: skip
         made.values = values
+        MEMORY.hold(values.untyped_storage())
         return made
 
     @classmethod
@@ -69,6 +75,32 @@ class OnGpu(Tensor):
 
     def __reduce_ex__(self, protocol):  # in a file it is a tensor as any
         return self.values.detach().clone().__reduce_ex__(protocol)
+
+
+class Memory:
+    """Bytes of the tensors on the stand-in: now, and at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+        self.held = set()  # storages, by their places
+
+    def hold(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.held:
+            self.held.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.free, key, size).atexit = False
+
+    def free(self, key, size):
+        self.held.remove(key)
+        self.now -= size
+
+    def reset(self, device=None):
+        self.most = self.now
+
+
+MEMORY = Memory()
 
 
 @cache
@@ -255,7 +287,6 @@ def stream():
 def install():
     """From here on this process has the stand-in as its only GPU."""
     generator, current = torch.Generator(), stream()
-    memory = 2**30  # of nothing: peak memory is not known here
     about = SimpleNamespace(name=NAME, total_memory=2**34, major=9, minor=0)
     there = dict(
         is_available=lambda: True, device_count=lambda: 1, is_initialized=lambda: True,
@@ -263,8 +294,9 @@ def install():
         current_device=lambda: 0, set_device=lambda device: None, synchronize=synchronize,
         get_device_name=lambda device=None: NAME, get_device_properties=lambda device=None: about,
         get_device_capability=lambda device=None: (about.major, about.minor),
-        empty_cache=lambda: None, reset_peak_memory_stats=lambda device=None: None,
-        max_memory_allocated=lambda device=None: memory, memory_allocated=lambda d=None: memory,
+        empty_cache=lambda: None, reset_peak_memory_stats=MEMORY.reset,
+        max_memory_allocated=lambda device=None: MEMORY.most,
+        memory_allocated=lambda device=None: MEMORY.now,
         get_rng_state=lambda device=None: generator.get_state(),
         set_rng_state=lambda state, device=None: generator.set_state(state),
         manual_seed=generator.manual_seed, manual_seed_all=generator.manual_seed,
@@ -288,6 +320,11 @@ def install():
     torch._C._group_tensors_by_device_and_dtype = grouped
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         setattr(torch.optim.Optimizer, name, lambda self: None)
+    sys.path.append(str(Path(__file__).parents[1]))
+    from fused import cell
+
+    transformed = cell.is_transformed  # which takes tensors of a type unknown to it for traced ones
+    cell.is_transformed = lambda *tensors: transformed(*map(values, tensors))
     Operations().__enter__()
     Functions().__enter__()
 
@@ -304,7 +341,3 @@ if __name__ == "__main__":
     else:
         sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
         runpy.run_path(sys.argv[0], run_name="__main__")
-elif __name__ == "__mp_main__":  # a process that such a one has started
-    import standin
-
-    standin.install()

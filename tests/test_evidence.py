@@ -150,7 +150,8 @@ TOY = ["--set", "digits", "--cells", "found,random:0", "--searches", "1", "--see
 TOY += ["--epochs", "6", "--init_channels", "4", "--layers", "3"]
 TOY += ["--train_flags", "--input_size 8 --cutout_length 4 --batch_size 300 --report_freq 1"]
 TOY += ["--search_flags"]
-TOY += ["--epochs 2 --begin 1 --batch_size 180 --init_channels 8 --layers 3 --input_size 8"]
+SMALL = "--layers 3 --init_channels 4 --k 2 --steps 2 --input_size 8"
+TOY += [f"--epochs 2 --begin 1 --batch_size 180 {SMALL}"]
 
 
 def start(root):

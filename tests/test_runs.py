@@ -31,8 +31,8 @@ from test_imagenet import fill
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-SEARCH = "train_search.py --set digits --epochs 3 --begin 1 --batch_size 180 --init_channels 8 "
-SEARCH += "--layers 3 --input_size 8 --save_every 0.001 --report_freq 1"
+SEARCH = "train_search.py --set digits --epochs 3 --begin 1 --batch_size 180 --init_channels 4 "
+SEARCH += "--layers 3 --k 2 --steps 2 --input_size 8 --save_every 0.001 --report_freq 1"
 TRAIN = "train.py --set digits --epochs 3 --batch_size 300 --init_channels 4 --layers 3 "
 TRAIN += "--input_size 8 --drop_path_prob 0.3 --cutout --cutout_length 4 "
 TRAIN += "--save_every 0.001 --report_freq 1"
@@ -202,10 +202,9 @@ def test_a_signal_in_the_imagenet_search_with_workers(tmp_path):
     """The whole group of processes gets it, as from a terminal or a scheduler."""
     fill(tmp_path / "data" / "imagenet_search" / "train", {"cat": 14, "dog": 14})
     fill(tmp_path / "data" / "imagenet_search" / "val", {"cat": 4, "dog": 4})
-    command = (
-        "train_search_imagenet.py --tmp_data_dir data --init_channels 8 --layers 3 --workers 2"
-    )
-    command += " --input_size 32 --batch_size 4 --epochs 2 --begin 0 --report_freq 1"
+    command = "train_search_imagenet.py --tmp_data_dir data --workers 2 --input_size 32"
+    command += " --init_channels 4 --layers 3 --k 2 --steps 2"
+    command += " --batch_size 4 --epochs 2 --begin 0 --report_freq 1"
     finish(start(f"{command} --save whole", tmp_path, warm_python()))
     process = start(f"{command} --save told", tmp_path, start_new_session=True)
     wait_for(process, "step 2 of")

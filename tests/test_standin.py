@@ -120,6 +120,24 @@ def test_a_replay_computes_with_what_the_memory_holds_now():
         assert count.item() == 2
 
 
+def test_its_memory_is_that_of_the_tensors_on_it():
+    with modes():
+        standin.MEMORY.reset()
+        before = standin.MEMORY.now
+        x = torch.randn(100, 10).to("cuda").requires_grad_()
+        y = (x.sigmoid() * 2).sum()  # keeps what sigmoid gives
+        assert standin.MEMORY.now - before == 4 * (2 * 1000 + 1)
+        assert standin.MEMORY.most - before == 4 * (3 * 1000 + 1)
+        view = x.detach()[3:].t()
+        y.backward()
+        del y
+        assert standin.MEMORY.now - before == 4 * 2 * 1000
+        del x
+        assert standin.MEMORY.now - before == 4 * 1000 and view.shape == (10, 97)
+        del view
+        assert standin.MEMORY.now == before
+
+
 GRAPH = r"CUDA graph of {} gradients of a batch of {}, training: captured and compared"
 
 
@@ -234,7 +252,7 @@ def test_the_scripts_of_imagenet(tmp_path):
     assert "validation accuracy" in said
 
 
-UNKNOWN = "memory_of_a_step or capture_that_fails or data_parallel or nccl"  # see standin.py
+UNKNOWN = "capture_that_fails or data_parallel or nccl"  # see standin.py
 FIGURES = "golden_figures and cifar_k4-fused-True-float64"
 
 
