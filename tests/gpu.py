@@ -1,8 +1,9 @@
-"""What `make gpu` does: all tests of a GPU, the benchmark and a short search, in one report.
+"""What `make gpu` does: all tests of a GPU, a short search and the benchmark, in one report.
 
     python tests/gpu.py [gpu-report.md]
 
-Exit code 0 where all went well, 1 where something failed, 2 where there is no CUDA GPU.
+The report is written anew after each of the three parts, so that what is ended early leaves those
+before. Exit code 0 where all went well, 1 where something failed, 2 where there is no CUDA GPU.
 """
 
 import os
@@ -27,8 +28,8 @@ def commands(folder):
     python = [sys.executable, "-u"]
     return {
         "tests": [*python, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={folder / 'tests.xml'}"],
-        "benchmark": [*python, ROOT / "benchmark.py", "all", "--json", folder / "benchmark.json"],
         "search": [*python, ROOT / "train_search.py", *SETTINGS.split()],
+        "benchmark": [*python, ROOT / "benchmark.py", "all", "--json", folder / "benchmark.json"],
     }
 
 
@@ -110,44 +111,59 @@ def search_of(output):
     return [line for line in output.splitlines() if any(word in line for word in words)][-60:]
 
 
+def section(name, command, folder):
+    """(the text of one part, which it runs, what failed in it)"""
+    start, failures = time.monotonic(), []
+    # pytest reads its settings at the root; the other parts leave files where they are run
+    done = _run(command, ROOT if name == "tests" else folder, folder / f"{name}.log")
+    took = f"{time.monotonic() - start:.0f} s"
+    shown = " ".join(map(str, command)).replace(f"{folder}/", "").replace(f"{ROOT}/", "")
+    text = [f"## {name.capitalize()}", f"`{shown}`, {took}, exit code {done.returncode}"]
+    output = done.stdout.rstrip()
+    if done.returncode:
+        failures.append(f"{name}: exit code {done.returncode}")
+    if name == "tests" and (folder / "tests.xml").exists():
+        rows = tests_of(folder / "tests.xml")
+        failures += [f"{row[0]}: {cell(row[3])}" for row in rows if row[1] == "failed"]
+        words = "passed", "failed", "not run"
+        counts = [sum(row[1] == word for row in rows) for word in words]
+        text.append("{} passed, {} failed, {} not run".format(*counts))
+        rows = [(n, outcome, f"{seconds:.1f}", d) for n, outcome, seconds, d in rows]
+        text.append(table(["test", "outcome", "s", "figures"], rows))
+    elif name == "benchmark":
+        text.append(output)  # Markdown, with headings of the same rank
+    elif name == "search":
+        text.append("```\n" + "\n".join(search_of(output)) + "\n```")
+    if done.returncode:
+        last = "\n".join(output.splitlines()[-60:])
+        text.append(f"The end of its output:\n\n```\n{last}\n```")
+    return "\n\n".join(text), failures
+
+
+def report(sections, failures):
+    """The text of the file. sections: {name of each part: its text, or None}."""
+    about = "\n".join(f"- {name}: {value}" for name, value in machine().items())
+    failures = failures + [f"{name}: not run to its end" for name in sections if not sections[name]]
+    failed = "\n".join(f"- {line}" for line in failures) or "Nothing failed."
+    done = filter(None, sections.values())
+    return "\n\n".join(["# Report of a GPU", about, "## Failures", failed, *done]) + "\n"
+
+
 def main(arguments):
     target = Path(arguments[0] if arguments else "gpu-report.md").resolve()
     if not torch.cuda.is_available():
         print("make gpu: there is no CUDA GPU here, so nothing was run", file=sys.stderr)
         return 2
-    parts, failures = [], []
+    failures = []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for name, command in commands(folder).items():
-            start = time.monotonic()
-            # pytest reads its settings at the root; the other parts leave files where they are run
-            done = _run(command, ROOT if name == "tests" else folder, folder / f"{name}.log")
-            took = f"{time.monotonic() - start:.0f} s"
-            shown = " ".join(map(str, command)).replace(f"{folder}/", "").replace(f"{ROOT}/", "")
-            text = [f"## {name.capitalize()}", f"`{shown}`, {took}, exit code {done.returncode}"]
-            output = done.stdout.rstrip()
-            if done.returncode:
-                failures.append(f"{name}: exit code {done.returncode}")
-            if name == "tests" and (folder / "tests.xml").exists():
-                rows = tests_of(folder / "tests.xml")
-                failures += [f"{row[0]}: {cell(row[3])}" for row in rows if row[1] == "failed"]
-                counts = [sum(row[1] == word for row in rows) for word in
-                          ("passed", "failed", "not run")]  # fmt: skip
-                text.append("{} passed, {} failed, {} not run".format(*counts))
-                rows = [(n, outcome, f"{seconds:.1f}", d) for n, outcome, seconds, d in rows]
-                text.append(table(["test", "outcome", "s", "figures"], rows))
-            elif name == "benchmark":
-                text.append(output)  # Markdown, with headings of the same rank
-            elif name == "search":
-                text.append("```\n" + "\n".join(search_of(output)) + "\n```")
-            if done.returncode:
-                last = "\n".join(output.splitlines()[-60:])
-                text.append(f"The end of its output:\n\n```\n{last}\n```")
-            parts.append("\n\n".join(text))
-    about = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    failed = "\n".join(f"- {line}" for line in failures) or "Nothing failed."
-    text = "\n\n".join(["# Report of a GPU", about, "## Failures", failed, *parts]) + "\n"
-    target.write_text(text)
+        planned = commands(folder)
+        sections = dict.fromkeys(planned)
+        for name, command in planned.items():
+            target.write_text(report(sections, failures))  # what there is if this part is ended
+            sections[name], failed = section(name, command, folder)
+            failures += failed
+    target.write_text(report(sections, failures))
     print(f"{len(failures)} failures; all figures are in {target}")
     return 1 if failures else 0
 

@@ -1125,6 +1125,26 @@ def test_the_report_has_figures_and_failures(tmp_path, monkeypatch):
     assert code == 0 and "epoch 2 of 2" in text and "Nothing failed" in text
 
 
+def test_a_report_that_is_ended_early_has_the_parts_before(tmp_path, monkeypatch):
+    def commands(folder):
+        python = [sys.executable, "-c"]
+        return {"search": [*python, "print('epoch 1 of 2')"], "benchmark": [*python, "1"]}
+
+    import gpu
+
+    def interrupted(command, cwd, log, run=gpu._run):
+        if command[-1] == "1":
+            raise KeyboardInterrupt
+        return run(command, cwd, log)
+
+    monkeypatch.setattr(gpu, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report(tmp_path, commands, monkeypatch)
+    text = (tmp_path / "gpu-report.md").read_text()
+    assert "epoch 1 of 2" in text and "- benchmark: not run to its end" in text
+    assert "search: not run" not in text
+
+
 def test_a_part_that_waits_for_ever_is_ended_with_its_processes(tmp_path, monkeypatch, capsys):
     import gpu
 
@@ -1138,9 +1158,10 @@ def test_a_part_that_waits_for_ever_is_ended_with_its_processes(tmp_path, monkey
 def test_what_make_gpu_runs(tmp_path):
     import gpu
 
-    tests, benchmark, search = (map(str, command) for command in gpu.commands(tmp_path).values())
-    assert {"-m", "gpu"} <= set(tests)
-    assert "benchmark.py" in " ".join(benchmark)
-    words = " ".join(search)
+    parts = {name: [*map(str, command)] for name, command in gpu.commands(tmp_path).items()}
+    assert list(parts) == ["tests", "search", "benchmark"]
+    assert {"-m", "gpu"} <= set(parts["tests"])
+    assert "benchmark.py" in " ".join(parts["benchmark"])
+    words = " ".join(parts["search"])
     assert "train_search.py" in words and "--epochs 2" in words
     assert "gpu:" in (ROOT / "Makefile").read_text()
