@@ -243,7 +243,7 @@ def _spread_weight_gradient(g, x, weight, dilation):
         g, x = g.to(weight.dtype), x.to(weight.dtype)
         h, w = x.shape[2:]
         if dilation == 2 and w < 2 * k - 1 and h % 2 == w % 2 == 0:  # wider than x, it is slow
-            g, x, dilation = _every_second(g), _every_second(x), 1
+            g, x, dilation = _phases(g), _phases(x), 1
     times, padding, dilation = 1, [dilation * (k // 2)] * 2, [dilation] * 2
     # Pairs of pixels as in `depthwise`; of one group of channels they are no faster.
     if S > 1 and dilation[1] == 2 and x.device.type == "cpu" and _has_pairs(x):
@@ -255,7 +255,7 @@ def _spread_weight_gradient(g, x, weight, dilation):
     return dweight.permute(0, 1, 4, 2, 3).contiguous()
 
 
-def _every_second(x):
+def _phases(x):
     """x (N, C, H, W) as the four maps that dilation 2 keeps apart: (4 N, C, H / 2, W / 2)."""
     x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 2, 4, 1)
     return x.flatten(0, 2).permute(0, 3, 1, 2)

@@ -211,7 +211,7 @@ class Plan:
         """
         edges = [wave.S * wave.T for wave in self.waves]
 
-        def by_wave(convs, n, times=1):
+        def by_wave(convs, n, twice=False):
             """Those of the waves, n times; convs: of each op a list of convolutions."""
             if not convs:
                 return [None] * (n * len(edges))
@@ -223,13 +223,13 @@ class Plan:
                 [F.pad(kernel, [m] * 4) if m else kernel for kernel, m in pairs], 1
             )
             copies, sizes = kernels.detach(), edges * n
-            if times > 1 and copies.device.type == "cpu":
-                copies = [part for part in copies.split(sizes) for _ in range(times)]
-                copies, sizes = torch.cat(copies), [times * size for size in sizes]
+            if twice and copies.device.type == "cpu":
+                copies = torch.cat([part for part in copies.split(sizes) for _ in range(2)])
+                sizes = [2 * size for size in sizes]
             copies = copies.split(sizes), copies.flip(3, 4).split(sizes)
             return list(zip(kernels.split(edges * n), *copies, strict=True))
 
-        seps, dils = by_wave(self.sep_convs, 2), by_wave(self.dil_convs, 1, 2)
+        seps, dils = by_wave(self.sep_convs, 2), by_wave(self.dil_convs, 1, twice=True)
         return list(zip(seps[: len(edges)], seps[len(edges) :], dils, strict=True))
 
     def pointwise(self, blocks, eye):
