@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused.convolutions import Depthwise, Halve, quarters, quarters_of_kernel, units
+from fused.convolutions import (
+    Depthwise,
+    Halve,
+    depthwise_weight_gradient,
+    quarters,
+    quarters_of_kernel,
+    units,
+)
 from fused.nodes import Node, pass_by
 from fused.norms import Moments, NormReLUDepthwise, NormSum, norm_relu_depthwise, norm_sum
 from fused.pools import HalvedMax, WidePools
@@ -150,6 +157,27 @@ def test_halves_side_by_side_are_factorized_reduces_one_by_one(S, E, layout, x):
     for op, part in zip(ops, of_edges, strict=True):
         each += [op.conv_1(part[:, :, ::2, ::2]), op.conv_2(part[:, :, 1::2, 1::2])]
     same_gradients(mine, torch.cat(each, 1), [x, *weights[0], *weights[1]])
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_halves_where_one_input_does_not_learn(frozen, x):
+    inputs = [x, *(torch.randn(1, 3, 4, 1, 1).double() for _ in range(2))]
+    learning = [value.requires_grad_() for i, value in enumerate(inputs) if i != frozen]
+    pair = [F.conv2d(x[:, :, i::2, i::2], inputs[1 + i][0]) for i in (0, 1)]
+    same_gradients(Halve.apply(x, 1, *inputs[1:]), torch.cat(pair, 1), learning)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("k", [3, 5])
+def test_kernels_in_bfloat16_have_the_gradients_of_what_they_were_given(k, layout):
+    """Within the rounding of its 8 bits: --amp on a CPU."""
+    x, g = (torch.randn(8, 4, 16, 16).bfloat16().contiguous(memory_format=layout) for _ in "xg")
+    weight = torch.randn(4, k, k).bfloat16()
+    exact = weight.double().requires_grad_()
+    F.conv2d(x.double(), exact[:, None], padding=k // 2, groups=4).backward(g.double())
+    found = depthwise_weight_gradient(g, x, weight)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact.grad).norm() < 2**-7 * exact.grad.norm()
 
 
 @LAYOUTS
