@@ -14,7 +14,7 @@ import pytest
 import genotypes
 from evidence import cells, collect
 from harness import files, protocol
-from helpers import ROOT
+from helpers import ROOT, warm_python
 from utils import UserError
 
 # A script that does nothing for long: it makes its folder, and ends as it is told the first time.
@@ -156,7 +156,7 @@ TOY += [f"--epochs 2 --begin 1 --batch_size 180 {SMALL}"]
 
 def start(root):
     """The protocol of a toy size, as a process of its own."""
-    command = [sys.executable, "-m", "evidence.cells", "--root", root, *TOY]
+    command = [*warm_python(), "-m", "evidence.cells", "--root", root, *TOY]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

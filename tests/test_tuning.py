@@ -14,7 +14,7 @@ from torch import nn
 
 import genotypes
 from harness import loops, tuning
-from helpers import ROOT
+from helpers import ROOT, warm_python
 from model import NetworkCIFAR
 from utils import UserError
 
@@ -147,8 +147,10 @@ def test_without_a_working_compiler_it_goes_on(monkeypatch, caplog):
 def run(command, cwd, code=0, **environment):
     """Output of a script that ends with this code."""
     script, *flags = command.split()
+    # A compiler's settings are read where torch is imported.
+    python = [sys.executable] if "--compile" in flags else warm_python()
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True,
+        [*python, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cwd / "cache")}
         | environment,
     )  # fmt: skip
@@ -269,7 +271,7 @@ def test_a_training_says_and_keeps_its_layout(tmp_path, monkeypatch):
     )
     (tmp_path / "forced.py").write_text(program)
     flags = f"{TRAIN} --epochs 1 --save forced".split()[1:]
-    command = [sys.executable, tmp_path / "forced.py"]
+    command = [*warm_python(), tmp_path / "forced.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     first = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True,
                            env=environment)  # fmt: skip
