@@ -13,8 +13,8 @@ maps in the memory format that the CPU would not have chosen: which one cuDNN ta
 Its memory is that of the tensors on it, as PyTorch counts it on a GPU, without what cuDNN takes
 within a call. WAITS counts where the host waits for the GPU, by operation.
 
-It is not: fast, kernels, streams, autocast (--amp changes nothing), several GPUs, pinned memory,
-or the random numbers of a GPU. A process that is spawned has none.
+It is not: fast, kernels, streams, several GPUs, pinned memory, or the random numbers of a GPU. Of
+autocast it has the functions that are used here. A process that is spawned has none.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
@@ -51,6 +52,19 @@ LAID_OUT = {
     aten.convolution, aten.convolution_backward, aten.native_batch_norm,
     aten.native_batch_norm_backward, aten.max_pool2d_with_indices, aten.avg_pool2d,
     aten.max_pool2d_with_indices_backward, aten.avg_pool2d_backward,
+}  # fmt: skip
+
+# What autocast computes in half precision and in float32 on CUDA, of what is used here (the lists
+# stand in PyTorch's reference of automatic mixed precision).
+HALF = {
+    torch.conv2d, F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm,
+    torch.mv, Tensor.mv, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.addmm,
+    Tensor.addmm, torch.addr, Tensor.addr,
+}  # fmt: skip
+FULL = {
+    F.cross_entropy, F.nll_loss, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax,
+    torch.log_softmax, Tensor.log_softmax, F.kl_div, F.normalize, torch.sum, Tensor.sum, torch.norm,
+    Tensor.norm, Tensor.prod, Tensor.cumsum, Tensor.exp, Tensor.log, Tensor.pow, Tensor.rsqrt,
 }  # fmt: skip
 
 
@@ -183,6 +197,9 @@ class Functions(TorchFunctionMode):
         x = args[0] if args else None
         if isinstance(x, OnGpu) and function in ANSWERS:
             return ANSWERS[function](x)
+        if (function in HALF or function in FULL) and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda") if function in HALF else torch.float32
+            args, kwargs = tree_map(lambda x: autocast(x, dtype), (args, kwargs))
         if function == Tensor.pin_memory:
             x = x.clone()
             x.pinned = True
@@ -218,6 +235,12 @@ class Functions(TorchFunctionMode):
                 waits(f"{function.__name__} of Python values")
                 return OnGpu(made)
         return function(*args, **kwargs)
+
+
+def autocast(x, dtype):
+    if isinstance(x, OnGpu) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(dtype)
+    return x
 
 
 def is_gpu(x):

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import standin
 from helpers import ROOT, warm_python
@@ -120,6 +121,18 @@ def test_a_replay_computes_with_what_the_memory_holds_now():
         assert count.item() == 2
 
 
+def test_autocast(monkeypatch):
+    for name in ("is_available", "is_bf16_supported"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with modes(), torch.autocast("cuda", torch.bfloat16):
+        x, w = (torch.randn(4, 4).to("cuda") for _ in "xw")
+        assert (x @ w).dtype == F.linear(x, w).dtype == torch.bfloat16
+        assert x.relu().dtype == (x @ w).softmax(1).dtype == torch.float32
+        assert (x.double() @ w.double()).dtype == torch.float64
+        with torch.autocast("cuda", enabled=False):
+            assert (x @ w).dtype == torch.float32
+
+
 def test_its_memory_is_that_of_the_tensors_on_it():
     with modes():
         standin.MEMORY.reset()
@@ -187,6 +200,7 @@ def test_no_step_waits_for_the_gpu(command, sizes, tmp_path):
         ("--form fused --unrolled --recompute", GRAPH.format(4, 120)),
         ("--form fused-contiguous --sampling random", GRAPH.format(4, 120)),
         ("--form plain --deterministic --eigenvalue 1", GRAPH.format(4, 120)),
+        ("--form fused --amp", GRAPH.format(4, 120)),
     ],
 )
 def test_a_search(flags, said, tmp_path):
