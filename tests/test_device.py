@@ -30,6 +30,7 @@ import operations
 import recipe
 from architect import Architect, search_step
 from fused import Gradients
+from fused.nodes import pass_by
 from fused.norms import Moments, _Norm
 from harness import costs, distributed, flags, forms, generators
 from helpers import ROOT
@@ -1016,6 +1017,22 @@ def test_memory_of_a_step(device, record_property):
     assert taken["fused"] < 0.6 * taken["plain"]
     assert taken["fused-contiguous"] < 0.7 * taken["plain"]
     assert taken["recompute"] < 0.8 * taken["fused"]
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outer_products_as_long_as_they_come(dtype):
+    """Of what passes by: T targets, and N * H * W * (C - c) numbers, 3 million at batch 256."""
+    T, M = 3, 2**24 + 8
+    rest = torch.arange(M, device="cuda").remainder(7).to(dtype).requires_grad_()
+    betas = torch.arange(1.0, 1 + T, device="cuda", dtype=dtype).requires_grad_()
+    first = pass_by(None, rest.view(1, 8, 1, -1), betas, 1, 1)
+    both = pass_by(first, rest.view(1, 8, 1, -1), betas, 1, 1)
+    near(both[:, -9:], 2 * betas[:, None] * rest[-9:], 1e-2)
+    of_betas, of_rest = torch.autograd.grad(both[:, : M // 2].sum(), [betas, rest])
+    near(of_rest[-1], 0, 0)
+    near(of_rest[:9], 2 * betas.sum().expand(9), 1e-2)
+    near(of_betas, (2 * rest[: M // 2].float().sum()).expand(T), 1e-2)
 
 
 # Several GPUs
