@@ -2,8 +2,9 @@
 
     python tests/gpu.py [gpu-report.md]
 
-The report is written anew after each of the three parts, so that what is ended early leaves those
-before. Exit code 0 where all went well, 1 where something failed, 2 where there is no CUDA GPU.
+The report is written anew after each of the three parts; Ctrl-C and SIGTERM end it with what there
+is. Exit code 0 where all went well, 1 where something failed, 2 where there is no CUDA GPU, 130
+where it was told to end.
 """
 
 import os
@@ -20,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 HOURS = 2  # that one part may take at most
+signals = []  # that told this process to end
 SETTINGS = "--set digits --epochs 2 --begin 1 --batch_size 64 --validate --save gpu"
 
 
@@ -66,12 +68,15 @@ def _run(command, cwd, log=None):
             end = threading.Timer(3600 * HOURS, os.killpg, (process.pid, signal.SIGKILL))
             end.start()
             try:
-                for line in process.stdout:
-                    print(line, end="", flush=True)
-                    file.write(line)
-            except KeyboardInterrupt:  # which a session of its own does not get
-                os.killpg(process.pid, signal.SIGINT)
-                raise
+                for _ in range(2):
+                    try:
+                        for line in process.stdout:
+                            print(line, end="", flush=True)
+                            file.write(line)
+                        break
+                    except KeyboardInterrupt:  # which a session of its own does not get
+                        signals.append(signal.SIGINT)
+                        os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
             finally:
                 end.cancel()
             if process.wait() == -signal.SIGKILL:
@@ -140,10 +145,10 @@ def section(name, command, folder):
     return "\n\n".join(text), failures
 
 
-def report(sections, failures):
+def report(about, sections, failures):
     """The text of the file. sections: {name of each part: its text, or None}."""
-    about = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    failures = failures + [f"{name}: not run to its end" for name in sections if not sections[name]]
+    about = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    failures = failures + [f"{name}: not run" for name in sections if not sections[name]]
     failed = "\n".join(f"- {line}" for line in failures) or "Nothing failed."
     done = filter(None, sections.values())
     return "\n\n".join(["# Report of a GPU", about, "## Failures", failed, *done]) + "\n"
@@ -154,18 +159,23 @@ def main(arguments):
     if not torch.cuda.is_available():
         print("make gpu: there is no CUDA GPU here, so nothing was run", file=sys.stderr)
         return 2
-    failures = []
+    signals.clear()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a scheduler: as Ctrl-C
+    failures, about = [], machine()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         planned = commands(folder)
         sections = dict.fromkeys(planned)
         for name, command in planned.items():
-            target.write_text(report(sections, failures))  # what there is if this part is ended
+            target.write_text(report(about, sections, failures))  # should it be killed in this part
             sections[name], failed = section(name, command, folder)
             failures += failed
-    target.write_text(report(sections, failures))
+            if signals:
+                failures.append(f"{name}: told to end")
+                break
+    target.write_text(report(about, sections, failures))
     print(f"{len(failures)} failures; all figures are in {target}")
-    return 1 if failures else 0
+    return 130 if signals else 1 if failures else 0
 
 
 if __name__ == "__main__":

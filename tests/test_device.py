@@ -1096,7 +1096,9 @@ def report(tmp_path, commands, monkeypatch):
     monkeypatch.setattr(gpu, "commands", lambda folder: commands(folder))
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "machine", lambda: {"GPU": "a GPU", "torch": "2"})
+    before = signal.getsignal(signal.SIGTERM)
     code = gpu.main([str(tmp_path / "gpu-report.md")])
+    signal.signal(signal.SIGTERM, before)
     return code, (tmp_path / "gpu-report.md").read_text()
 
 
@@ -1142,24 +1144,26 @@ def test_the_report_has_figures_and_failures(tmp_path, monkeypatch):
     assert code == 0 and "epoch 2 of 2" in text and "Nothing failed" in text
 
 
-def test_a_report_that_is_ended_early_has_the_parts_before(tmp_path, monkeypatch):
-    def commands(folder):
-        python = [sys.executable, "-c"]
-        return {"search": [*python, "print('epoch 1 of 2')"], "benchmark": [*python, "1"]}
+TOLD = """
+import os, signal, time
+print('epoch 2 of 2', flush=True)
+os.kill(os.getppid(), signal.SIGTERM)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('epoch 3 of 2, interrupted')
+"""
 
-    import gpu
 
-    def interrupted(command, cwd, log, run=gpu._run):
-        if command[-1] == "1":
-            raise KeyboardInterrupt
-        return run(command, cwd, log)
-
-    monkeypatch.setattr(gpu, "_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        report(tmp_path, commands, monkeypatch)
-    text = (tmp_path / "gpu-report.md").read_text()
-    assert "epoch 1 of 2" in text and "- benchmark: not run to its end" in text
-    assert "search: not run" not in text
+def test_a_report_that_is_told_to_end_has_what_there_is(tmp_path, monkeypatch):
+    parts = {"one": "print('epoch 1')", "search": TOLD, "benchmark": "print(2)"}
+    command = {name: [sys.executable, "-c", text] for name, text in parts.items()}
+    code, text = report(tmp_path, lambda folder: command, monkeypatch)
+    assert code == 130
+    for words in ("## One", "epoch 2 of 2", "epoch 3 of 2, interrupted", "- search: told to end",
+                  "- benchmark: not run"):  # fmt: skip
+        assert words in text, words
+    assert "one: not run" not in text and "## Benchmark" not in text
 
 
 def test_a_part_that_waits_for_ever_is_ended_with_its_processes(tmp_path, monkeypatch, capsys):
