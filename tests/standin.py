@@ -268,21 +268,9 @@ class Functions(TorchFunctionMode):
                 torch.utils.swap_tensors(x, args[1].detach().requires_grad_(x.requires_grad))
             return None
         if function == Tensor.to:
-            args = list(args)
-            if len(args) > 1 and isinstance(args[1], Tensor):
-                args[1:2] = [args[1].device, args[1].dtype]
-            if "device" in kwargs:
-                args.insert(1, kwargs.pop("device"))
-            if len(args) > 1 and is_gpu(args[1]):
-                if not isinstance(x, OnGpu):
-                    args[1] = INSIDE
-                else:  # it is there
-                    del args[1]
-                    kwargs.pop("non_blocking", None)
-                    if len(args) == 1 and not kwargs:
-                        return x
-                    if len(args) == 1:
-                        args.append(kwargs.pop("dtype", x.dtype))
+            args = arguments_of_to(args, kwargs)
+            if args is None:
+                return x
         elif is_gpu(kwargs.get("device")):
             kwargs["device"] = INSIDE
             if function in (torch.tensor, torch.as_tensor):  # C++ makes it in its own way
@@ -291,6 +279,25 @@ class Functions(TorchFunctionMode):
                 made = OnGpu(function(*args, **kwargs | {"device": CPU}))
                 return made.requires_grad_(learns)
         return function(*args, **kwargs)
+
+
+def arguments_of_to(args, kwargs):
+    """Those that C++ understands, of x.to(...); None where x is what is asked for."""
+    x, *args = args
+    if args and isinstance(args[0], Tensor):
+        args[:1] = [args[0].device, args[0].dtype]
+    if "device" in kwargs:
+        args.insert(0, kwargs.pop("device"))
+    if args and is_gpu(args[0]):
+        if not isinstance(x, OnGpu):
+            return [x, INSIDE, *args[1:]]
+        kwargs.pop("non_blocking", None)  # it is there: of x.to(GPU, ...) the rest
+        args = args[1:] or [kwargs.pop("dtype", None)]
+        if args == [None]:
+            if not kwargs:
+                return None
+            args = [x.dtype]
+    return [x, *args]
 
 
 def autocast(x, dtype):
@@ -350,8 +357,9 @@ class Graph:
     def record(self, op, args, kwargs):
         written = [x for x in tree_iter(written_by(op, args, kwargs)) if isinstance(x, Tensor)]
         for x in written:
-            if place(x) not in self.made | self.before.keys():
-                self.before[place(x)] = x, x.clone()
+            if place(x) not in self.made and place(x) not in self.before:
+                whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+                self.before[place(x)] = whole, whole.clone()
         inputs = tree_map(self.kept, (args, kwargs))
         known = {place(x) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         out = compute(op, args, kwargs)
@@ -368,8 +376,8 @@ class Graph:
 
     def end(self):
         """Nothing was computed: what was changed is as before, what was made is without meaning."""
-        for x, before in self.before.values():
-            x.copy_(before)
+        for whole, before in self.before.values():
+            whole.copy_(before)
         self.before.clear()
         for *_, out in self.operations:
             for x in tree_iter(out):
