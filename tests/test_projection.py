@@ -58,6 +58,7 @@ def test_a_kernel_takes_its_launch_its_bytes_or_its_operations():
     assert projection.seconds(*parts, "V100", graph=True) == pytest.approx(10 * 1.5e-6 + 10e-6)
 
 
+@pytest.mark.slow
 def test_the_supernet_is_counted_on_paper():
     fused, plain = (projection.count(form, 8, C=8, layers=3, size=8) for form in (True, False))
     for step in ("weight step", "architecture step"):

@@ -198,6 +198,7 @@ def test_a_signal_saves_and_ends(whole, tmp_path, number, code, command, kind):
     assert_same_end(only(whole, f"{kind}-whole-*"), folder)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_imagenet_search_with_workers(tmp_path):
     """The whole group of processes gets it, as from a terminal or a scheduler."""
     fill(tmp_path / "data" / "imagenet_search" / "train", {"cat": 14, "dog": 14})

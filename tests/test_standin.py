@@ -315,7 +315,7 @@ FIGURES = "golden_figures and cifar_k4-fused-True-float64"
 @pytest.mark.parametrize(
     ("layouts", "chosen", "tests"),
     [
-        ("drawn", FIGURES, 1),
+        pytest.param("drawn", FIGURES, 1, marks=pytest.mark.slow),
         pytest.param("", f"not ({UNKNOWN})", 70, marks=pytest.mark.slow),
         *(
             pytest.param(layouts, "golden_figures or all_gradients", 60, marks=pytest.mark.slow)
