@@ -309,20 +309,17 @@ def test_the_scripts_of_imagenet(tmp_path):
 
 
 UNKNOWN = "capture_that_fails or data_parallel or nccl"  # see standin.py
-FIGURES = "golden_figures and cifar_k4-fused-True-float64"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layouts", "chosen", "tests"),
     [
-        pytest.param("drawn", FIGURES, 1, marks=pytest.mark.slow),
-        pytest.param("", f"not ({UNKNOWN})", 70, marks=pytest.mark.slow),
-        *(
-            pytest.param(layouts, "golden_figures or all_gradients", 60, marks=pytest.mark.slow)
-            for layouts in ("contiguous", "channels_last", "drawn")
-        ),
+        ("", f"not ({UNKNOWN})", 70),
+        *((name, "golden_figures or all_gradients", 60)
+          for name in ("contiguous", "channels_last", "drawn")),
     ],
-)
+)  # fmt: skip
 def test_the_tests_of_a_gpu(layouts, chosen, tests):
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen]
     done = subprocess.run(
