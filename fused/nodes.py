@@ -40,8 +40,8 @@ class Node(torch.autograd.Function):
     """The next node of a cell, sampled anew, and the sums so far of those after it.
 
     mixed (N, T * c, H, W), bypass (T, N * H * W * (C - c)): the sums of the operations and of
-    `pass_by` (dim: as there) of the T nodes that are left of `steps`. gradient: a
-    list that the nodes of a cell share, for dL/dbypass.
+    `pass_by` (dim: as there) of the T nodes that are left of `steps`. gradient: a list that the
+    nodes of a cell share, for dL/dbypass.
     Returns the node (N, C, H, W), mixed (N, (T - 1) * c, H, W) and bypass (T - 1, ...), or None.
     """
 

@@ -25,7 +25,6 @@ spawned has no stand-in.
 import contextlib
 import os
 import random
-import runpy
 import sys
 import weakref
 from collections import Counter
@@ -503,8 +502,8 @@ def install():
     group = torch._C._group_tensors_by_device_and_dtype
 
     def grouped(*args, **kwargs):
-        named = {INSIDE: GPU}
-        return {(named.get(d, d), t): v for (d, t), v in group(*args, **kwargs).items()}
+        groups = group(*args, **kwargs).items()
+        return {(GPU if device == INSIDE else device, dtype): v for (device, dtype), v in groups}
 
     torch._C._group_tensors_by_device_and_dtype = grouped
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
@@ -520,13 +519,10 @@ def install():
 
 if __name__ == "__main__":
     import standin  # not as __main__, so that there is one of it
+    import warm
 
+    if len(sys.argv) == 1:
+        sys.exit("usage: python tests/standin.py SCRIPT ..., or -m MODULE ...")
     standin.install()
     del sys.argv[0]
-    if sys.argv[0] == "-m":
-        del sys.argv[0]
-        sys.path[0] = os.getcwd()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    warm.run()

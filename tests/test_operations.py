@@ -219,9 +219,8 @@ def test_numbers_of_16_bytes_are_copied_as_those_that_fill_them(dtype):
 
 
 @LAYOUTS
-@pytest.mark.parametrize(
-    "twice", [False, True]
-)  # what passed by: its gradient is then another tensor
+# twice what passed by: its gradient is then another tensor
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("sampling", ["shuffle", "shift", "random"])
 def test_nodes_are_the_sums_sampled_anew_and_have_their_gradients(sampling, twice, layout):
     K, c, steps, dim = 3, 2, 3, 3 if layout == torch.channels_last else 1
